@@ -70,11 +70,13 @@ class TrainConfig:
     warmup: int = 50  # steps in which the learning rate rises from 0
     cosine: bool = True  # let it fall to 0 along a half cosine; v1 keeps it constant
     weight_decay: float = 0.0  # AdamW's
+    beta2: float = 0.99  # AdamW's memory of squared gradients, 1 / (steps it looks back); the usual 0.999 is for longer runs
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.99  # decay of the moving average of the weights, about 1 / (steps it looks back); v1: 0.9999
     drop_caption: float = 0.1  # share of captions replaced by the null caption, for guidance
     t_mean: float = 0.0  # timesteps are 1000 sigmoid(t_mean + t_std * normal), arXiv 2403.03206 section 3.1 ...
     t_std: float = 0.0  # ... or uniform, as in v1, if t_std is 0
+    min_snr: float = 0.05  # weight each sample's loss by min(1, min_snr / SNR(t)), arXiv 2303.09556; 0: not, as in v1
     # where and how often
     seed: int = 0  # of every random draw
     device: str = "auto"  # auto, cpu, cuda or mps; fp32 on cpu and mps, bf16 autocast over fp32 weights on cuda
@@ -82,6 +84,9 @@ class TrainConfig:
     log_every: int = 20  # steps between lines of metrics.jsonl
     eval_every: int = 200  # steps between evaluations of the held-out loss
     film_every: int = 600  # steps between quick measurements of the toy's caption accuracy
+    films: int = 6  # captions to film at the end, into films.gif and films.png; 0: none, and no accuracy
+    film_steps: int = 50  # denoising steps of those films (DDPM)
+    guidance: float = 4.0  # guidance of all films
     save_every: int = 200  # steps between checkpoints
     keep: int = 2  # newest checkpoints that are kept
 
@@ -436,8 +441,18 @@ def training_loss(config, model, null, batch, encoders, positions, step, device)
     x_t = q_sample(TRAINING, x0, t, noise)
     with autocast(device):
         out = model(x_t, t.to(device), y, mask)  # [B, 2C, T, H, W]
-    parts = {k: v.mean() for k, v in diffusion_loss(TRAINING, out, x0, x_t, t, noise).items()}
-    return parts["mse"] + parts["vlb"], parts
+    parts = diffusion_loss(TRAINING, out, x0, x_t, t, noise)  # [B] each
+    loss = (loss_weights(config, t).to(device) * (parts["mse"] + parts["vlb"])).mean()
+    return loss, {name: part.mean() for name, part in parts.items()}
+
+
+def loss_weights(config, t):
+    """[B] weights for t [B]. The loss of the noise at small t is ten to a hundred times that at large t, where the film's
+    content is decided; min-SNR weights (arXiv 2303.09556, eq. 7, for noise prediction) keep it from drowning the rest."""
+    if config.min_snr == 0:
+        return torch.ones(len(t))
+    abar = TRAINING.abar[t]
+    return (config.min_snr * (1 - abar) / abar).clamp(max=1).float()
 
 
 @torch.no_grad()
@@ -511,7 +526,8 @@ def train(config, resume):
     model = STDiT(MODELS[config.model]).to(device)
     null = model.y_embedder.y_embedding
     ema = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay,
+                                  betas=(0.9, config.beta2), fused=True)  # fmt: skip
     step, names = load_checkpoint(config, model, ema, optimizer) if resume else (0, encoder_names(config, source, encoders))
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
@@ -536,6 +552,9 @@ def train(config, resume):
         positions = positions_of(step, config, rank, world)
         loss, parts = training_loss(config, parallel, null, batch, encoders, positions, step, device)
         loss.backward()  # DDP averages the gradients over ranks; shards are equal, so that is the whole batch's mean
+        if step < config.image_steps:  # nothing to connect yet: the temporal attention stays as it is, its output zero
+            for block in model.blocks:
+                block.attn_temp.zero_grad()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -563,7 +582,7 @@ def train(config, resume):
         if config.data == "toy" and step % config.film_every == 0 and step > config.image_steps:
             with averaged(model, ema):
                 accuracy = caption_accuracy(config, model, encoders, (1, 1), rank, world,
-                                            steps=20, guidance=4.0, sampler="ddim")  # fmt: skip
+                                            steps=20, guidance=config.guidance, sampler="ddim")  # fmt: skip
             if is_main:
                 metrics.write(step=step, accuracy=accuracy)
                 say(f"step {step}  quick look, a film per caption\n  " + "\n  ".join(describe(accuracy)))
@@ -583,23 +602,26 @@ def train(config, resume):
 
 
 def finish(config, model, source, rows, encoders, rank, world, metrics, say):
-    """The run's films, its accuracy if it is the toy, and loss.png."""
-    options = {"steps": 50, "guidance": 4.0, "sampler": "ddpm"}
+    """loss.png, the run's films, and its caption accuracy if it is the toy."""
+    if rank == 0:
+        plot_losses(config.out)
+    if config.films == 0:
+        return
+    options = {"steps": config.film_steps, "guidance": config.guidance, "sampler": "ddpm"}
+    texts = [source.text(row) for row in rows]
+    prompts = sorted(set(texts), key=texts.index)
     if config.data == "toy":
-        prompts = [data.caption_of(t) for t in data.HELD_OUT]
         accuracy = caption_accuracy(config, model, encoders, (2, 8), rank, world, **options)
         if rank == 0:
             metrics.write(step=config.steps, accuracy=accuracy, films="final")
         say("\n".join(describe(accuracy)))
-    else:
-        texts = [source.text(row) for row in rows]
-        prompts = sorted(set(texts), key=texts.index)[:6]
+        prompts = [data.caption_of(t) for t in data.HELD_OUT]  # combinations that were never seen
     if rank == 0:
+        prompts = prompts[: config.films]
         shape = (model.config.in_channels, config.frames, config.size // 8, config.size // 8)
         videos = film(model, encoders.vae(), encoders.t5(), prompts, film_keys(config.seed, prompts), shape, **options)
         write_gif(Path(config.out) / "films.gif", torch.cat(videos, dim=-1), config.fps)
         write_sheet(Path(config.out) / "films.png", videos, prompts)
-        plot_losses(config.out)
 
 
 def main():

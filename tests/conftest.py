@@ -1,0 +1,45 @@
+"""Shared by all tests: the path to the scripts, a tiny data set, and a comparison that says how far off it was."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and nothing tries to
+
+import data  # noqa: E402
+
+
+def assert_close(found, expected, atol, cause):
+    """Equal up to atol, which has this cause; a failure prints the largest difference."""
+    worst = (found - expected).abs().max().item()
+    assert found.shape == expected.shape and worst <= atol, f"differs by up to {worst:.3g}, allowed {atol:g} ({cause})"
+
+
+def randomize(model, seed=0):
+    """Give every weight a random value, also those that start at zero."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def encoders():
+    """The toy's frozen VAE and T5, as shipped."""
+    return data.VAE("assets/vae"), data.T5("assets/t5", 16)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory, encoders):
+    """A folder with a toy of 24 training clips, and the caches of it."""
+    folder = tmp_path_factory.mktemp("toy")
+    data.make_toy(folder, clips=24)
+    for split in ("train", "held_out"):
+        data.write_cache(folder / f"{split}.csv", folder / f"cache_{split}", *encoders, 8, 1, 64)
+    return folder
