@@ -45,7 +45,8 @@ def command(main):
         main()
     except BadInput as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+        message = str(error).splitlines()[-1].removeprefix("data.BadInput: ")  # from a data worker it comes with a traceback
+        print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

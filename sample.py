@@ -71,7 +71,7 @@ def at(table, t, like):
     Coefficients are worked out in float64 and rounded once, here: 1 - abar is 1e-4 at t = 0, of which fp32
     would keep three digits. Timesteps live on the CPU, where they are drawn, so this never waits for a GPU.
     """
-    return table[t].to(like.device, like.dtype).view(-1, 1, 1, 1, 1)
+    return table[t].to(like.dtype).to(like.device).view(-1, 1, 1, 1, 1)
 
 
 def q_sample(schedule, x0, t, noise):

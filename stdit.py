@@ -65,11 +65,15 @@ MODELS = {
 # All of it stays in fp32: in bf16 only 507 of the 1000 timesteps would remain distinct.
 
 
+@lru_cache(maxsize=32)
+def frequencies(n, device):
+    """10000^(-i/n) for i = 0 … n - 1, fp32 [n]. Worked out in float64, which Apple's GPUs lack, so on the CPU."""
+    return (10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)).float().to(device)
+
+
 def sinusoid(position, dim):
     """Sines and cosines of a position (any shape, fp32) at dim / 2 frequencies: two of [..., dim / 2]."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float64, device=position.device) / half
-    angle = position[..., None] * (10000.0**-exponent).float()
+    angle = position[..., None] * frequencies(dim // 2, position.device)
     return angle.sin(), angle.cos()
 
 

@@ -23,7 +23,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from statistics import NormalDist
 
@@ -63,31 +63,31 @@ class TrainConfig:
     fps: int = 8  # of the films that are written: source rate / stride
     max_bad: float = 0.5  # share of unusable clips in a CSV at which the run ends
     # how
-    steps: int = 2400  # optimizer steps, in all
+    steps: int = 6000  # optimizer steps, in all
     image_steps: int = 600  # the first of them on single frames: all but motion is learned at 1/frames of the cost
-    batch_size: int = 32  # clips per step over all processes, so that their number changes nothing
-    lr: float = 1e-3  # AdamW's peak learning rate; v1: 2e-5 for 760M parameters that were trained before
-    warmup: int = 50  # steps in which the learning rate rises from 0
+    batch_size: int = 16  # clips per step over all processes, so that their number changes nothing
+    lr: float = 2e-3  # AdamW's peak learning rate; v1: 2e-5 for 760M parameters that were trained before
+    warmup: int = 100  # steps in which the learning rate rises from 0
     cosine: bool = True  # let it fall to 0 along a half cosine; v1 keeps it constant
     weight_decay: float = 0.0  # AdamW's
     beta2: float = 0.99  # AdamW's memory of squared gradients, 1 / (steps it looks back); the usual 0.999 is for longer runs
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.99  # decay of the moving average of the weights, about 1 / (steps it looks back); v1: 0.9999
     drop_caption: float = 0.1  # share of captions replaced by the null caption, for guidance
-    t_mean: float = 0.0  # timesteps are 1000 sigmoid(t_mean + t_std * normal), arXiv 2403.03206 section 3.1 ...
-    t_std: float = 0.0  # ... or uniform, as in v1, if t_std is 0
-    min_snr: float = 0.05  # weight each sample's loss by min(1, min_snr / SNR(t)), arXiv 2303.09556; 0: not, as in v1
+    t_mean: float = 0.4  # timesteps are 1000 sigmoid(t_mean + t_std * normal), arXiv 2403.03206 section 3.1 ...
+    t_std: float = 1.0  # ... or uniform, as in v1, if t_std is 0
+    min_snr: float = 0.03  # weight each sample's loss by min(1, min_snr / SNR(t)), arXiv 2303.09556; 0: not, as in v1
     # where and how often
     seed: int = 0  # of every random draw
     device: str = "auto"  # auto, cpu, cuda or mps; fp32 on cpu and mps, bf16 autocast over fp32 weights on cuda
     workers: int = 0  # processes per rank that read data; a cache needs none
-    log_every: int = 20  # steps between lines of metrics.jsonl
-    eval_every: int = 200  # steps between evaluations of the held-out loss
-    film_every: int = 600  # steps between quick measurements of the toy's caption accuracy
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    eval_every: int = 500  # steps between evaluations of the held-out loss
+    film_every: int = 1500  # steps between quick measurements of the toy's caption accuracy
     films: int = 6  # captions to film at the end, into films.gif and films.png; 0: none, and no accuracy
     film_steps: int = 50  # denoising steps of those films (DDPM)
     guidance: float = 4.0  # guidance of all films
-    save_every: int = 200  # steps between checkpoints
+    save_every: int = 500  # steps between checkpoints
     keep: int = 2  # newest checkpoints that are kept
 
 
@@ -207,11 +207,11 @@ class Encoders:
     def __init__(self, config, device):
         self.config, self.device = config, device
 
-    @lru_cache(maxsize=1)  # noqa: B019
+    @cached_property
     def vae(self):
         return data.VAE(self.config.vae, self.device)
 
-    @lru_cache(maxsize=1)  # noqa: B019
+    @cached_property
     def t5(self):
         return data.T5(self.config.t5, MODELS[self.config.model].caption_length, self.device)
 
@@ -223,7 +223,7 @@ def prepare_toy(config, encoders):
     caches = []
     for split in ("train", "held_out"):
         caches.append(folder / f"cache_{split}")
-        data.write_cache(folder / f"{split}.csv", caches[-1], encoders.vae(), encoders.t5(), config.frames, 1, config.size)
+        data.write_cache(folder / f"{split}.csv", caches[-1], encoders.vae, encoders.t5, config.frames, 1, config.size)
     return caches
 
 
@@ -362,7 +362,7 @@ def caption_accuracy(config, model, encoders, films, rank, world, **options):
     keys, mine = film_keys(config.seed, prompts), slice(rank, None, world)  # films are shared among the ranks
     shape = (model.config.in_channels, config.frames, config.size // 8, config.size // 8)
     model.eval()
-    videos = film(model, encoders.vae(), encoders.t5(), prompts[mine], keys[mine], shape, batch=32, **options)
+    videos = film(model, encoders.vae, encoders.t5, prompts[mine], keys[mine], shape, batch=32, **options)
     counts = [0.0] * 10
     for triple, video in zip(triples[mine], videos):
         found, base = data.detect(video) or ("none",) * 3, 5 * (triple in data.HELD_OUT)
@@ -424,7 +424,7 @@ def to_device(batch, encoders, generators, device):
     """A collated batch -> x0 [B, C, T, H, W], y [B, L, E], mask [B, L] on the device; encodes clips if need be."""
     if "latents" in batch:
         return (batch[k].to(device, non_blocking=True) for k in ("latents", "y", "mask"))
-    return (v.to(device) for v in data.encode_batch(batch, encoders.vae(), encoders.t5(), generators))
+    return (v.to(device) for v in data.encode_batch(batch, encoders.vae, encoders.t5, generators))
 
 
 def training_loss(config, model, null, batch, encoders, positions, step, device):
@@ -490,8 +490,8 @@ def encoder_names(config, source, encoders):
     if isinstance(source, data.LatentCache):
         return {"vae": source.vae, "vae_fingerprint": source.settings["vae"],
                 "t5": source.t5, "t5_fingerprint": source.settings["t5"]}  # fmt: skip
-    return {"vae": config.vae, "vae_fingerprint": encoders.vae().fingerprint,
-            "t5": config.t5, "t5_fingerprint": encoders.t5().fingerprint}  # fmt: skip
+    return {"vae": config.vae, "vae_fingerprint": encoders.vae.fingerprint,
+            "t5": config.t5, "t5_fingerprint": encoders.t5.fingerprint}  # fmt: skip
 
 
 def learning_rate(config, step):
@@ -619,8 +619,9 @@ def finish(config, model, source, rows, encoders, rank, world, metrics, say):
     if rank == 0:
         prompts = prompts[: config.films]
         shape = (model.config.in_channels, config.frames, config.size // 8, config.size // 8)
-        videos = film(model, encoders.vae(), encoders.t5(), prompts, film_keys(config.seed, prompts), shape, **options)
-        write_gif(Path(config.out) / "films.gif", torch.cat(videos, dim=-1), config.fps)
+        videos = film(model, encoders.vae, encoders.t5, prompts, film_keys(config.seed, prompts), shape, **options)
+        rows = [torch.cat(videos[i : i + 3], dim=-1) for i in range(0, len(videos) - len(videos) % 3, 3)]
+        write_gif(Path(config.out) / "films.gif", torch.cat(rows, dim=-2) if rows else videos[0], config.fps)
         write_sheet(Path(config.out) / "films.png", videos, prompts)
 
 
