@@ -1,12 +1,12 @@
-"""Everything between video files on disk and what the network sees: clips, encoders, cache, and the toy.
+"""From video files to what the network sees: clips, frozen encoders, cache, and the toy.
 
-    python data.py toy --out DIR                  draw captioned films of moving shapes, as MP4 files and CSVs
-    python data.py cache clips.csv --out DIR      encode every clip and caption once, for fast training
+    python data.py toy --out DIR                draw captioned films of moving shapes
+    python data.py cache clips.csv --out DIR    encode every clip and caption once
 
-A data set is a CSV with the header "path,text"; paths are relative to it. A clip read from it is uint8
-frames; the frozen VAE makes latents of them, the frozen T5 makes tokens of the caption, and a cache keeps
-both, since neither changes in training. torchvision, diffusers, transformers and av are imported where they
-are used: training from a cache needs none of them.
+A data set is a CSV with the header "path,text"; paths are relative to it. A clip read from it is
+uint8 frames; the frozen VAE makes latents of them, the frozen T5 makes tokens of the caption, and a
+cache keeps both, since neither changes in training. torchvision, diffusers, transformers and av are
+imported where they are used: training from a cache needs none of them.
 
 Shapes, in this file:
     B batch    T frames    H, W height and width in pixels    C latent channels (4)
@@ -40,37 +40,50 @@ class BadInput(Exception):
 
 
 def command(main):
-    """Run a script's main(): bad input ends in one line on stderr and exit code 2, without a traceback."""
+    """Run a script's main(): bad input ends in one line on stderr and exit code 2, without a
+    traceback.
+    """
     try:
         main()
     except BadInput as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        message = str(error).splitlines()[-1].removeprefix("data.BadInput: ")  # from a data worker it comes with a traceback
+        message = (
+            str(error).splitlines()[-1].removeprefix("data.BadInput: ")
+        )  # from a data worker it comes with a traceback
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 def warn(message):
+    """A line on stderr; the work goes on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def keyed_generator(*key):
-    """A torch.Generator for one draw, seeded by what the draw is for: (seed, purpose, global position).
+    """A torch.Generator for one draw, seeded by what the draw is for: (seed, purpose, global
+    position).
 
-    So a draw depends on neither rank nor worker nor place in the batch, a resumed run repeats it, and no
-    generator's state has to be saved.
+    So a draw depends on neither rank nor worker nor place in the batch, a resumed run repeats it,
+    and no generator's state has to be saved.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def write_whole(path, write):
-    """Call write(temporary path), then rename: whoever finds `path` finds a whole file, at any moment."""
+    """Call write(temporary path), then rename: whoever finds `path` finds a whole file, at any
+    moment.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{os.getpid()}.{path.name}")
-    write(beside)
-    os.replace(beside, path)
+    try:
+        write(beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before it gets its name
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -87,6 +100,22 @@ def read_json(path, what):
         raise BadInput(f"{path} is damaged ({error}): {what}") from None
 
 
+def pick_device(name):
+    """auto: CUDA, else MPS, else CPU; anything else as it is, or BadInput if the machine "
+    "lacks it."""
+    have = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    name = next(d for d in have if have[d]) if name == "auto" else name
+    if not have.get(name):
+        raise BadInput(
+            f"device={name} is not on this machine; have {', '.join(d for d in have if have[d])}"
+        )
+    return name
+
+
 def progress(items, label):
     """Iterate over items: a tqdm bar on a terminal, else a plain line every 15 seconds."""
     if sys.stderr.isatty():
@@ -99,38 +128,47 @@ def progress(items, label):
         if time.time() - last > 15:
             last = time.time()
             left = (last - start) / done * (len(items) - done)
-            print(f"{label}: {done} of {len(items)}, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{label}: {done} of {len(items)}, {left:.0f} s left", file=sys.stderr, flush=True
+            )
         yield item
 
 
 # ---------------------------------------------------------------------------------------------
 # Clips
 #
-# Training wants T frames, `stride` source frames apart, from anywhere in a clip. Decoding a video from
-# its beginning to get 16 frames of it is where v1 spent most of its loading time. Here the packets are
-# listed first, which decodes nothing: a frame's index is the rank of its presentation time among them.
-# Then the decoder starts at the last keyframe before the first frame that is wanted and stops at the last.
+# Training wants T frames, `stride` source frames apart, from anywhere in a clip. Decoding a video
+# from its beginning to get 16 frames of it is where v1 spent most of its loading time. Here the
+# packets are listed first, which decodes nothing: a frame's index is the rank of its presentation
+# time among them. Then the decoder starts at the last keyframe before the first frame that is
+# wanted and stops at the last.
 
 
 class BadClip(Exception):
-    """This clip can't be used, and why. The caller names it, counts it, and goes on with the others."""
+    """This clip can't be used, and why. The caller names it, counts it, and goes on with the
+    others.
+    """
 
 
 def read_table(path):
-    """The rows of a CSV with header path,text -> list of (absolute path, caption)."""
+    """The rows of a CSV with header path,text -> list of (path, caption)."""
     path = Path(path)
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
             reader = csv.DictReader(file)
             missing = {"path", "text"} - set(reader.fieldnames or ())
             if missing:
-                raise BadInput(f"{path}: no column {' and no column '.join(sorted(missing))}; found "
-                               f"{reader.fieldnames or 'nothing'}, expected a header line path,text")
+                raise BadInput(
+                    f"{path}: no column {' and no column '.join(sorted(missing))}; found "
+                    f"{reader.fieldnames or 'nothing'}, expected a header line path,text"
+                )
             rows = [(path.parent / row["path"], (row["text"] or "").strip()) for row in reader]
     except FileNotFoundError:
         raise BadInput(f"{path} is not there; give a CSV with the header path,text") from None
     except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
-        raise BadInput(f"{path} is not a CSV file ({error}); give one with the header path,text") from None
+        raise BadInput(
+            f"{path} is not a CSV file ({error}); give one with the header path,text"
+        ) from None
     if not rows:
         raise BadInput(f"{path} lists no clip; add a line path,text for each")
     return rows
@@ -143,7 +181,9 @@ def open_video(path):
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
-        raise BadClip("is not there" if not Path(path).exists() else f"can't be opened: {error}") from None
+        raise BadClip(
+            "is not there" if not Path(path).exists() else f"can't be opened: {error}"
+        ) from None
     if not container.streams.video:
         container.close()
         raise BadClip("has no video stream")
@@ -151,13 +191,17 @@ def open_video(path):
 
 
 def frame_times(path):
-    """Presentation times of all frames, in order, in units of the stream's time base. Decodes nothing."""
+    """Presentation times of all frames, in order, in units of the stream's time base. Decodes
+    nothing.
+    """
     import av
 
     container, stream = open_video(path)
     with container:
         try:
-            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            times = [
+                p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard
+            ]
         except av.FFmpegError as error:
             raise BadClip(f"can't be read: {error}") from None
     return sorted(times)
@@ -168,25 +212,27 @@ def span_length(frames, stride):
     return (frames - 1) * stride + 1
 
 
-def check_length(path, frames, stride):
-    """Frame times of a clip that is long enough, or BadClip."""
+def checked_times(path, frames, stride):
+    """frame_times of a clip that is long enough, or BadClip."""
     times = frame_times(path)
     if len(times) < span_length(frames, stride):
-        raise BadClip(f"has {len(times)} frames; {frames} frames at stride {stride} need "
-                      f"{span_length(frames, stride)}")
+        raise BadClip(
+            f"has {len(times)} frames; {frames} frames at stride {stride} need "
+            f"{span_length(frames, stride)}"
+        )
     return times
 
 
 def read_frames(path, frames, stride, generator=None):
     """Decode T = `frames` frames, `stride` source frames apart -> uint8 [T, 3, H, W] in RGB.
 
-    The first is drawn by the generator among all that leave room for the rest; without one it is the
-    middle one of them. BadClip if the file is too short or can't be decoded.
+    The first is drawn by the generator among all that leave room for the rest; without one it is
+    the middle one of them. BadClip if the file is too short or can't be decoded.
     """
     import av
     import numpy as np
 
-    times = check_length(path, frames, stride)
+    times = checked_times(path, frames, stride)
     room = len(times) - span_length(frames, stride) + 1
     start = room // 2 if generator is None else int(torch.randint(room, (1,), generator=generator))
     wanted = times[start : start + span_length(frames, stride) : stride]
@@ -204,27 +250,37 @@ def read_frames(path, frames, stride, generator=None):
             raise BadClip(f"can't be decoded: {error}") from None
     if len(found) < len(wanted):
         raise BadClip(f"only {len(found)} of the {len(wanted)} frames wanted could be decoded")
-    return torch.from_numpy(np.stack([found[t] for t in wanted])).permute(0, 3, 1, 2)  # [T, 3, H, W]
+    return torch.from_numpy(np.stack([found[t] for t in wanted])).permute(
+        0, 3, 1, 2
+    )  # [T, 3, H, W]
 
 
 def fit(frames, height, width):
-    """Resize until height x width is just covered, then cut out the centre. uint8 [T, 3, H, W], antialiased."""
+    """Resize until height x width is just covered, then cut out the centre. uint8 [T, 3, H, W],
+    antialiased.
+    """
     from torchvision.transforms.v2 import functional as tv
 
     H, W = frames.shape[-2:]
     scale = max(height / H, width / W)
     if scale != 1:
-        frames = tv.resize(frames, [max(height, round(H * scale)), max(width, round(W * scale))], antialias=True)
+        frames = tv.resize(
+            frames, [max(height, round(H * scale)), max(width, round(W * scale))], antialias=True
+        )
     return tv.center_crop(frames, [height, width])
 
 
 def write_video(path, frames, fps):
-    """uint8 [T, 3, H, W] -> an H.264 MP4 that any player shows. One encoder thread: the same bytes everywhere."""
+    """uint8 [T, 3, H, W] -> an H.264 MP4 that any player shows. One encoder thread, so the same
+    bytes every time.
+    """
     import av
 
     def write(beside):
         with av.open(str(beside), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "preset": "fast"})
+            stream = container.add_stream(
+                "libx264", rate=fps, options={"crf": "16", "preset": "fast"}
+            )
             stream.height, stream.width = frames.shape[-2:]
             stream.pix_fmt, stream.thread_count = "yuv420p", 1
             for image in frames.permute(0, 2, 3, 1).contiguous().numpy():  # [H, W, 3]
@@ -235,10 +291,12 @@ def write_video(path, frames, fps):
 
 
 class Clips:
-    """Clips read from their files. clips[row, position] -> {"frames": uint8 [T, 3, size, size], "text": str}.
+    """Clips read from their files. clips[row, position] -> {"frames": uint8 [T, 3, size, size],
+    "text": str}, or BadClip if it turns out now that the file can't be decoded.
 
-    Rows that are absent, unreadable or too short are found now, by demuxing, named and left out; if they are
-    more than the share `max_bad`, that is no accident and the run ends. `position` keys the draw of the span.
+    Rows that are absent, unreadable or too short are found now, by demuxing, named and left out; if
+    they are more than the share `max_bad`, that is no accident and the run ends. `position` keys
+    the draw of the span.
     """
 
     def __init__(self, table, frames, stride, size, seed, max_bad=0.5):
@@ -247,16 +305,19 @@ class Clips:
         self.rows, self.skipped = [], []
         for number, (path, text) in enumerate(progress(rows, "checking clips")):
             try:
-                check_length(path, frames, stride)
+                checked_times(path, frames, stride)
                 self.rows.append((number, path, text))
             except BadClip as error:
                 self.skipped.append({"row": number, "path": path.name, "reason": str(error)})
                 warn(f"{path} {error}; skipped")
         if self.skipped:
             warn(f"{len(self.skipped)} of {len(rows)} clips of {table} are skipped")
-        if len(self.skipped) > max_bad * len(rows):
-            raise BadInput(f"{table}: {len(self.skipped)} of {len(rows)} clips can't be used, more than the share "
-                           f"max_bad={max_bad}; mend the list, or ask for fewer frames or a smaller stride")
+        if len(self.skipped) > max_bad * len(rows) or not self.rows:
+            raise BadInput(
+                f"{table}: {len(self.skipped)} of {len(rows)} clips can't be used, more than "
+                "the share "
+                f"max_bad={max_bad}; mend the list, or ask for fewer frames or a smaller stride"
+            )
 
     def __len__(self):
         return len(self.rows)
@@ -267,44 +328,59 @@ class Clips:
     def __getitem__(self, key):
         row, position = key
         _, path, text = self.rows[row]
-        generator = keyed_generator(self.seed, "span", position)
-        try:
-            frames = read_frames(path, self.frames, self.stride, generator)
-        except BadClip as error:
-            raise BadInput(f"{path} {error}; take it out of the list") from None
+        frames = read_frames(
+            path, self.frames, self.stride, keyed_generator(self.seed, "span", position)
+        )
         return {"frames": fit(frames, self.size, self.size), "text": text}
 
 
 # ---------------------------------------------------------------------------------------------
 # Frozen encoders
 #
-# v1 trains neither: an image VAE (Stability's, factor 8, 4 channels), applied frame by frame, because no
-# good video VAE was open; and T5-XXL, which PixArt-alpha was trained with. Both wrappers take what
-# from_pretrained takes: a local folder or a name on the Hub. A folder that holds several models (the
-# Hub's PixArt-alpha has vae/, text_encoder/ and tokenizer/) serves for both.
+# v1 trains neither: an image VAE (Stability's, factor 8, 4 channels), applied frame by frame,
+# because no good video VAE was open; and T5-XXL, which PixArt-alpha was trained with. Both wrappers
+# take what from_pretrained takes: a local folder or a name on the Hub. A folder that holds several
+# models (the Hub's PixArt-alpha has vae/, text_encoder/ and tokenizer/) serves for both.
 
 
 def locate(source, part):
-    """(folder or Hub name, subfolder) at which from_pretrained finds `part`, which may be all there is."""
-    here = [p for p in (Path(source), ASSETS.parent / source) if p.is_dir()]  # "assets/vae" works from anywhere
+    """(folder or Hub name, subfolder) at which from_pretrained finds `part`, which may be all there
+    is.
+    """
+    here = [
+        p for p in (Path(source), ASSETS.parent / source) if p.is_dir()
+    ]  # "assets/vae" works from anywhere
     if here:
         folder = here[0]
         sub = part if (folder / part).is_dir() else ""
-        if not any((folder / sub / name).is_file() for name in ("config.json", "spiece.model", "tokenizer.json")):
-            raise BadInput(f"{folder} holds no {part}: expected config.json and weights, or a subfolder {part}/")
+        if not any(
+            (folder / sub / name).is_file()
+            for name in ("config.json", "spiece.model", "tokenizer.json")
+        ):
+            raise BadInput(
+                f"{folder} holds no {part}: expected config.json and weights, or a subfolder "
+                f"{part}/"
+            )
         return str(folder), sub
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise BadInput(f"{source} is not there; expected a folder with a {part}, or a Hub name like owner/model")
+        raise BadInput(
+            f"{source} is not there; expected a folder with a {part}, or a Hub name like "
+            "owner/model"
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        hf_hub_download(source, f"{part}/config.json" if part != "tokenizer" else f"{part}/spiece.model")
+        hf_hub_download(
+            source, f"{part}/config.json" if part != "tokenizer" else f"{part}/spiece.model"
+        )
         return source, part
     except EntryNotFoundError:  # also when there is no network: then from_pretrained says so
         return source, ""
     except Exception as error:  # the Hub's own errors are of a dozen classes
-        raise BadInput(f"{source} is no folder here and can't be had from the Hub: {type(error).__name__}") from None
+        raise BadInput(
+            f"{source} is no folder here and can't be had from the Hub: {type(error).__name__}"
+        ) from None
 
 
 def load_frozen(load, source, part, **options):
@@ -313,16 +389,32 @@ def load_frozen(load, source, part, **options):
     try:
         loaded = load(name, subfolder=subfolder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"the {part} of {source} can't be loaded: {str(error).strip().splitlines()[0]}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"the {part} of {source} can't be loaded: {reason}") from None
     return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
 
 
-def fingerprint(module):
-    """12 hex digits that tell one set of weights from another, at any precision of 8 bits or more."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.flatten()[:16].bfloat16().tolist()}".encode())
+def fingerprint(tensors, *more):
+    """12 hex digits that tell one set of weights from another, from the first values of each tensor
+    in bf16: so the same for weights that were loaded as fp32 and as bf16.
+    """
+    digest = hashlib.sha256(repr(more).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(
+            f"{name}{tuple(tensor.shape)}{tensor.flatten()[:16].bfloat16().tolist()}".encode()
+        )
     return digest.hexdigest()[:12]
+
+
+def portable(source):
+    """A folder outside this project by its whole path, so that a run finds it again from anywhere;
+    else as it is.
+    """
+    return (
+        str(Path(source).resolve())
+        if Path(source).is_dir() and not (ASSETS.parent / source).is_dir()
+        else str(source)
+    )
 
 
 class VAE:
@@ -331,32 +423,55 @@ class VAE:
     def __init__(self, source, device="cpu", dtype=None, micro_batch=16):
         from diffusers import AutoencoderKL
 
-        self.dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-        options = {"torch_dtype": self.dtype, "low_cpu_mem_usage": False}  # True would want a further package
+        self.dtype = dtype or (
+            torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        )
+        options = {
+            "torch_dtype": self.dtype,
+            "low_cpu_mem_usage": False,
+        }  # True would want a further package
         self.model = load_frozen(AutoencoderKL.from_pretrained, source, "vae", **options).to(device)
-        self.source, self.device, self.micro_batch = str(source), device, micro_batch
-        self.scale = self.model.config.scaling_factor  # brings latents to unit variance: 0.18215 for Stability's
+        self.source, self.device, self.micro_batch = portable(source), device, micro_batch
+        self.scale = (
+            self.model.config.scaling_factor
+        )  # brings latents to unit variance: 0.18215 for Stability's
         self.channels = self.model.config.latent_channels
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)  # 8
-        self.fingerprint = fingerprint(self.model.encoder)  # decoders may differ (ft-mse, ft-ema): latents do not
+        # Of what makes the latents: decoders may differ, as ft-mse's and ft-ema's do.
+        weights = {
+            k: v
+            for k, v in self.model.state_dict().items()
+            if k.startswith(("encoder.", "quant_conv."))
+        }
+        self.fingerprint = fingerprint(weights, self.scale)
 
     @torch.no_grad()
     def encode(self, video, generators=None):
         """[B, 3, T, H, W] in [-1, 1] -> latents [B, C, T, h, w], fp32, about unit variance.
 
-        generators: one per film; then a latent is drawn from the VAE's posterior, as v1 does. Without, its mean.
-        Frames go through in micro-batches, each film's noise is drawn whole, so the size of one changes nothing.
+        generators: one per film; then a latent is drawn from the VAE's posterior, as v1 does.
+        Without, its mean. Frames go through in micro-batches, each film's noise is drawn whole, so
+        the size of one changes nothing.
         """
         B, _, T = video.shape[:3]
-        frames = video.transpose(1, 2).flatten(0, 1)  # [B*T, 3, H, W]  a film is a stack of pictures
+        frames = video.transpose(1, 2).flatten(
+            0, 1
+        )  # [B*T, 3, H, W]  a film is a stack of pictures
         posteriors = [
-            self.model.encode(part.to(self.device, self.dtype)).latent_dist for part in frames.split(self.micro_batch)
+            self.model.encode(part.to(self.device, self.dtype)).latent_dist
+            for part in frames.split(self.micro_batch)
         ]
-        mean = torch.cat([p.mean for p in posteriors]).float().unflatten(0, (B, T)).transpose(1, 2)  # [B, C, T, h, w]
+        z = (
+            torch.cat([p.mean for p in posteriors]).float().unflatten(0, (B, T)).transpose(1, 2)
+        )  # [B, C, T, h, w]
         if generators is not None:
-            std = torch.cat([p.std for p in posteriors]).float().unflatten(0, (B, T)).transpose(1, 2)
-            mean = mean + std * torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(mean)
-        return mean * self.scale
+            std = (
+                torch.cat([p.std for p in posteriors]).float().unflatten(0, (B, T)).transpose(1, 2)
+            )  # [B, C, T, h, w]
+            z = z + std * torch.stack(
+                [torch.randn(z.shape[1:], generator=g) for g in generators]
+            ).to(z)
+        return z * self.scale
 
     @torch.no_grad()
     def decode(self, latents):
@@ -364,12 +479,17 @@ class VAE:
         B = latents.shape[0]
         latents = (latents / self.scale).transpose(1, 2).flatten(0, 1)  # [B*T, C, h, w]
         parts = latents.split(self.micro_batch)
-        frames = [self.model.decode(part.to(self.device, self.dtype)).sample.float().cpu() for part in parts]
+        frames = [
+            self.model.decode(part.to(self.device, self.dtype)).sample.float().cpu()
+            for part in parts
+        ]
         return torch.cat(frames).clamp(-1, 1).unflatten(0, (B, -1)).transpose(1, 2)
 
 
 class T5:
-    """A frozen T5 encoder with its tokenizer. dtype defaults to bf16 on CUDA, else fp32 (fp16 overflows in T5)."""
+    """A frozen T5 encoder with its tokenizer. dtype defaults to bf16 on CUDA, else fp32 (fp16
+    overflows in T5).
+    """
 
     def __init__(self, source, length=120, device="cpu", dtype=None):
         from transformers import AutoTokenizer, T5EncoderModel
@@ -378,14 +498,17 @@ class T5:
         logging.disable_progress_bar()
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         self.tokenizer = load_frozen(AutoTokenizer.from_pretrained, source, "tokenizer")
-        self.model = load_frozen(T5EncoderModel.from_pretrained, source, "text_encoder", dtype=dtype).to(device)
-        self.source, self.device, self.length = str(source), device, length
+        self.model = load_frozen(
+            T5EncoderModel.from_pretrained, source, "text_encoder", dtype=dtype
+        ).to(device)
+        self.source, self.device, self.length = portable(source), device, length
         self.channels = self.model.config.d_model
-        self.fingerprint = fingerprint(self.model)
+        self.fingerprint = fingerprint(self.model.state_dict())
 
     @torch.no_grad()
     def encode(self, captions):
-        """list of B strings -> y [B, length, E] fp32 and mask [B, length], true where a token is real.
+        """list of B strings -> y [B, length, E] fp32 and mask [B, length], true where a token is
+        real.
 
         A caption of more than `length` tokens is cut, with a warning.
         """
@@ -394,7 +517,11 @@ class T5:
             if len(ids) > self.length:
                 warn(f"caption of {len(ids)} tokens is cut to {self.length}: {caption[:60]!r}...")
         batch = self.tokenizer(
-            captions, max_length=self.length, padding="max_length", truncation=True, return_tensors="pt"
+            captions,
+            max_length=self.length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
         ).to(self.device)
         y = self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         mask = batch["attention_mask"].bool()
@@ -402,9 +529,9 @@ class T5:
 
 
 def encode_batch(batch, vae, t5, generators):
-    """A batch of Clips or of LatentCache -> (x0 [B, C, T, h, w], y [B, L, E], mask [B, L])."""
-    if "latents" in batch:
-        return batch["latents"], batch["y"], batch["mask"]
+    """A collated batch of Clips, {"frames": uint8 [B, T, 3, H, W], "text": B strings}, with a
+    generator for each latent -> (x0 [B, C, T, h, w], y [B, L, E], mask [B, L]).
+    """
     video = batch["frames"].transpose(1, 2).float() / 127.5 - 1  # [B, 3, T, H, W] in [-1, 1]
     return vae.encode(video, generators), *t5.encode(batch["text"])
 
@@ -412,102 +539,173 @@ def encode_batch(batch, vae, t5, generators):
 # ---------------------------------------------------------------------------------------------
 # The cache
 #
-# Encoders cost more than a small model's training step and give the same answer every epoch. So they run
-# once, and training reads latents. A cache is a folder of safetensors shards; an index, written last, says
-# with which settings they were made. Shards are written beside and renamed, each sample carries a checksum:
-# what is there is whole, and what is damaged later is noticed when it is read.
+# Encoders cost more than a small model's training step and give the same answer every epoch. So
+# they run once, and training reads latents. A cache is a folder of safetensors shards; an index,
+# written last, says with which settings they were made. Shards are written beside and renamed, each
+# sample carries a checksum: what is there is whole, and what is damaged later is noticed when it is
+# read.
 
-SHARD = 256  # samples in a shard
+SHARD = 64  # samples in a shard: 256 MB at 64 frames of 512x512
 
 
 def write_cache(table, out, vae, t5, frames, stride, size, seed=0, max_bad=0.5):
-    """Encode every usable clip of a CSV and its caption into the folder `out`. Interrupted, it goes on.
+    """Encode every usable clip of a CSV and its caption into the folder `out` -> LatentCache.
+    Interrupted, it goes on.
 
-    vae, t5: the wrappers above, or functions that make them, called only if something is to be encoded.
     A latent is one draw from the VAE's posterior on one random span of the clip, kept in fp16.
     """
-    if size % vae.factor:
-        raise BadInput(f"size={size} must divide by the VAE's factor {vae.factor}; try {size // vae.factor * vae.factor}")
-    out = Path(out)
-    settings = {
-        "table": hashlib.sha256(Path(table).read_bytes()).hexdigest()[:12] if Path(table).is_file() else None,
+    if frames < 1 or stride < 1 or size < vae.factor or size % vae.factor:
+        raise BadInput(
+            f"frames={frames}, stride={stride}, size={size}: expected 1 or more frames and "
+            "source frames per "
+            f"frame, and a size that divides by the VAE's factor {vae.factor}"
+        )
+    out, settings = Path(out), {
+        "table": hashlib.sha256(Path(table).read_bytes()).hexdigest()[:12],
         "frames": frames, "stride": stride, "size": size, "seed": seed, "vae": vae.fingerprint,
-        "t5": t5.fingerprint, "caption_length": t5.length, "max_bad": max_bad,
+        "t5": t5.fingerprint, "caption_length": t5.length,
     }  # fmt: skip
-    clips = None
-    if (out / "settings.json").exists():
-        check_settings(out, settings)
+    check_settings(out, settings)
     if (out / "index.json").exists():
         return LatentCache(out)
     clips = Clips(table, frames, stride, size, seed, max_bad)
+    settings["clips"] = zlib.crc32(
+        repr([number for number, _, _ in clips.rows]).encode()
+    )  # files may come and go
+    check_settings(out, settings)
     write_json(out / "settings.json", settings)
-    shards = [list(range(i, min(i + SHARD, len(clips)))) for i in range(0, len(clips), SHARD)]
-    names = [f"shard_{i:05d}.safetensors" for i in range(len(shards))]
-    todo = [(name, rows) for name, rows in zip(names, shards) if not (out / name).exists()]
-    steps = [(name, rows, i) for name, rows in todo for i in range(0, len(rows), 8)]
-    tensors, samples = {}, []
-    for name, rows, i in progress(steps, f"encoding {table}"):
-        part = rows[i : i + 8]
-        numbers = [clips.rows[row][0] for row in part]  # the line in the CSV keys the draws
-        batch = torch.utils.data.default_collate([clips[row, number] for row, number in zip(part, numbers)])
-        generators = [keyed_generator(seed, "posterior", number) for number in numbers]
-        latents, y, mask = encode_batch(batch, vae, t5, generators)
-        for j, number in enumerate(numbers):
-            sample = {"latents": latents[j].half().cpu().contiguous(), "y": y[j, mask[j]].half().cpu()}
-            tensors |= {f"{len(samples)}.{key}": value for key, value in sample.items()}
-            samples.append({"row": number, "text": batch["text"][j], "crc": checksum(sample)})
-        if i + 8 >= len(rows):  # the shard is complete
-            metadata = {"samples": json.dumps(samples)}
-            write_whole(out / name, lambda p: save_file(tensors, p, metadata))
-            tensors, samples = {}, []
+    shards = [
+        (f"shard_{i // SHARD:05d}.safetensors", range(i, min(i + SHARD, len(clips))))
+        for i in range(0, len(clips), SHARD)
+    ]
+    for name, rows in progress(
+        [shard for shard in shards if not (out / shard[0]).exists()], f"encoding {table}"
+    ):
+        write_shard(out / name, clips, rows, vae, t5)
+    index = [(name, *open_shard(str(out / name))[1:]) for name, _ in shards]
+    skipped = clips.skipped + [bad for _, _, skipped in index for bad in skipped]
+    if len(skipped) > max_bad * (len(clips) + len(clips.skipped)):
+        raise BadInput(
+            f"{table}: {len(skipped)} clips can't be used, more than the share "
+            f"max_bad={max_bad}; mend the list"
+        )
     write_json(out / "index.json", {
-        "settings": settings, "shards": [{"file": n, "samples": len(r)} for n, r in zip(names, shards)],
-        "skipped": clips.skipped, "latent_channels": vae.channels, "caption_channels": t5.channels,
+        "settings": settings,
+        "shards": [{"file": name, "samples": len(samples)} for name, samples, _ in index],
+        "skipped": skipped, "latent_channels": vae.channels, "caption_channels": t5.channels,
         "vae": vae.source, "t5": t5.source,
     })  # fmt: skip
     return LatentCache(out)
 
 
 def check_settings(out, settings):
-    """BadInput if what stands in the cache `out` was made with other settings; names the difference."""
-    found = read_json(Path(out) / "settings.json", f"delete {out} and make it again")
-    different = [f"{k}={found.get(k)!r} there, {v!r} asked for" for k, v in settings.items() if found.get(k) != v]
+    """BadInput if what stands in the folder `out` was made with other settings; names the
+    difference.
+    """
+    if not (out / "settings.json").exists():
+        return
+    found = read_json(out / "settings.json", f"delete {out} and make it again")
+    different = [
+        f"{k}={found.get(k)!r} there, {v!r} asked for"
+        for k, v in settings.items()
+        if found.get(k) != v
+    ]
     if different:
-        raise BadInput(f"{out} holds a cache made with other settings ({'; '.join(different)}); "
-                       "give another --out, or delete it")
+        raise BadInput(
+            f"{out} was made with other settings ({'; '.join(different)}); give another --out, "
+            "or delete it"
+        )
+
+
+def write_shard(path, clips, rows, vae, t5, batch_size=8):
+    """Encode some rows of clips into one file: tensors "i.latents" [C, T, h, w] and "i.y" [tokens,
+    E] for each sample i. Clips that can't be decoded after all are named and left out.
+    """
+    tensors, samples, skipped = {}, [], []
+    for i in range(0, len(rows), batch_size):
+        batch, numbers = [], []  # the line in the CSV keys a clip's draws
+        for row in rows[i : i + batch_size]:
+            number, file, _ = clips.rows[row]
+            try:
+                batch.append(clips[row, number])
+                numbers.append(number)
+            except BadClip as error:
+                skipped.append({"row": number, "path": file.name, "reason": str(error)})
+                warn(f"{file} {error}; skipped")
+        if not batch:
+            continue
+        generators = [keyed_generator(clips.seed, "posterior", number) for number in numbers]
+        batch = torch.utils.data.default_collate(batch)
+        latents, y, mask = encode_batch(batch, vae, t5, generators)
+        for j, number in enumerate(numbers):
+            sample = {
+                "latents": latents[j].half().cpu().contiguous(),
+                "y": y[j, mask[j]].half().cpu(),
+            }
+            tensors |= {f"{len(samples)}.{key}": value for key, value in sample.items()}
+            samples.append({"row": number, "text": batch["text"][j], "crc": checksum(sample)})
+    metadata = {"samples": json.dumps(samples), "skipped": json.dumps(skipped)}
+    write_whole(path, lambda p: save_file(tensors, p, metadata))
 
 
 def checksum(sample):
     """crc32 of a sample's bytes, as stored."""
-    return zlib.crc32(sample["y"].numpy().tobytes(), zlib.crc32(sample["latents"].numpy().tobytes()))
+    return zlib.crc32(
+        sample["y"].numpy().tobytes(), zlib.crc32(sample["latents"].numpy().tobytes())
+    )
 
 
 @lru_cache(maxsize=1024)  # one memory map per shard and process
 def open_shard(path):
+    """(the mapped file, its list of samples, its list of clips left out)."""
     try:
         file = safe_open(path, framework="pt")
-        return file, json.loads(file.metadata()["samples"])
+        return file, *(json.loads(file.metadata()[name]) for name in ("samples", "skipped"))
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise BadInput(f"{path} is damaged or not there ({error}); delete it and run the cache command again") from None
+        raise BadInput(
+            f"{path} is damaged or not there ({error}); delete it and index.json, and run the cache"
+            " command again"
+        ) from None
 
 
 class LatentCache:
-    """Samples of a cache. cache[row, position] -> {"latents" fp32 [C, T, h, w], "y" fp32 [L, E], "mask" [L]}."""
+    """Samples of a cache. cache[row, position] -> {"latents" fp32 [C, T, h, w], "y" fp32 [L, E],
+    "mask" [L]}.
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        index = read_json(self.folder / "index.json", "make the cache with: python data.py cache clips.csv --out DIR")
+        index = read_json(
+            self.folder / "index.json",
+            "delete it if it is there, and (re)make the cache with: "
+            f"python data.py cache clips.csv --out {folder}",
+        )
         try:
             self.settings, self.channels = index["settings"], index["latent_channels"]
-            self.caption_channels, self.vae, self.t5 = index["caption_channels"], index["vae"], index["t5"]
-            self.skipped, shards = index["skipped"], [(s["file"], s["samples"]) for s in index["shards"]]
+            self.caption_channels, self.vae, self.t5 = (
+                index["caption_channels"],
+                index["vae"],
+                index["t5"],
+            )
+            self.skipped, shards = (
+                index["skipped"],
+                [(s["file"], s["samples"]) for s in index["shards"]],
+            )
         except (KeyError, TypeError) as error:
-            raise BadInput(f"{self.folder}/index.json is no index of a cache (no {error}); make it again") from None
+            raise BadInput(
+                f"{self.folder}/index.json is no index of a cache (no {error}); make it again"
+            ) from None
         self.places = [(str(self.folder / file), i) for file, n in shards for i in range(n)]
-        for file, n in shards:  # headers alone: a truncated file is found before training, not in the middle
+        for (
+            file,
+            n,
+        ) in shards:  # headers alone: a truncated file is found before training, not in the middle
             if len(open_shard(str(self.folder / file))[1]) != n:
-                raise BadInput(f"{self.folder / file} does not hold the {n} samples that the index says; delete it "
-                               "and index.json, and run the cache command again")
+                raise BadInput(
+                    f"{self.folder / file} does not hold the {n} samples that the index says; "
+                    "delete it "
+                    "and index.json, and run the cache command again"
+                )
 
     def __len__(self):
         return len(self.places)
@@ -519,11 +717,14 @@ class LatentCache:
     def __getitem__(self, key):
         row, _ = key
         path, i = self.places[row]
-        file, samples = open_shard(path)
+        file, samples, _ = open_shard(path)
         sample = {name: file.get_tensor(f"{i}.{name}") for name in ("latents", "y")}
         if checksum(sample) != samples[i]["crc"]:
-            raise BadInput(f"{path}: sample {i} is damaged (its checksum differs); delete the file and index.json, "
-                           "and run the cache command again")
+            raise BadInput(
+                f"{path}: sample {i} is damaged (its checksum differs); delete the file and "
+                "index.json, "
+                "and run the cache command again"
+            )
         n, length = len(sample["y"]), self.settings["caption_length"]
         y = torch.nn.functional.pad(sample["y"].float(), (0, 0, 0, length - n))  # [L, E]
         return {"latents": sample["latents"].float(), "y": y, "mask": torch.arange(length) < n}
@@ -533,19 +734,28 @@ class LatentCache:
 # The toy: moving shapes with captions, and a detector that is its inverse
 #
 # A model that learns in minutes on a laptop needs a world that small: one coloured shape gliding
-# over a plain ground. Three words of the caption decide everything one can see, so whether a film
+# over a plain ground. Three words of the caption name what one sees, so whether a film
 # shows what its caption says can be *measured*, by the detector below, instead of guessed. The
 # clips are still real H.264 files and go through the same reader and VAE as any other video.
 # Six (colour, shape, direction) triples are never in the training set, though every pair of words
 # is: only a model that has learned what the single words mean can film them.
 
-COLOURS = {"red": (225, 50, 50), "green": (50, 190, 80), "blue": (70, 110, 250), "yellow": (245, 220, 60)}
+COLOURS = {
+    "red": (225, 50, 50),
+    "green": (50, 190, 80),
+    "blue": (70, 110, 250),
+    "yellow": (245, 220, 60),
+}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y is down
 GROUND = (28, 28, 36)
 HELD_OUT = [
-    ("red", "circle", "left"), ("red", "triangle", "up"), ("green", "square", "right"),
-    ("blue", "circle", "down"), ("blue", "triangle", "left"), ("yellow", "square", "up"),
+    ("red", "circle", "left"),
+    ("red", "triangle", "up"),
+    ("green", "square", "right"),
+    ("blue", "circle", "down"),
+    ("blue", "triangle", "left"),
+    ("yellow", "square", "up"),
 ]  # no two share a pair of words, so each of their pairs is seen with another third word
 TRIPLES = [(c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS]
 
@@ -575,24 +785,31 @@ def coverage(shape, centre, radius, size):
 
 
 def draw_clip(triple, generator, frames=8, size=64):
-    """Film one (colour, shape, direction): uint8 [T, 3, size, size]. Size, place and speed are random.
+    """Film one (colour, shape, direction): uint8 [T, 3, size, size]. Size, place and speed are
+    random.
 
-    Over the clip the shape covers 0.28 to 0.38 of the frame's width (18 to 24 of 64 pixels: two to three latent
-    cells), never leaves the frame, and ends near the edge towards which it moves.
+    Over the clip the shape travels 0.28 to 0.38 of the frame's width (18 to 24 of 64 pixels: two to
+    three latent cells), never leaves the frame, and ends near the edge towards which it moves.
 
-    That last point makes the toy learnable in minutes. Were paths spread evenly, neither the direction's
-    word nor a frame's number would say anything about where a shape is, only both together, and a gradient
-    finds a pair of things that are useless one by one only after long wandering.
+    That last point makes the toy learnable in minutes. Were paths spread evenly, neither the
+    direction's word nor a frame's number would say anything about where a shape is, only both
+    together, and a gradient finds a pair of things that are useless one by one only after long
+    wandering.
     """
     colour, shape, direction = triple
     u = torch.rand(4, generator=generator)
     radius = size * (0.125 + 0.045 * u[0])
     heading = torch.tensor(DIRECTIONS[direction])  # [2]  x, y
-    step = heading * size * (0.28 + 0.10 * u[1])
+    step = heading * size * (0.28 + 0.10 * u[1])  # [2]  from the first frame to the last
     inner = radius * math.sqrt(math.pi / (3 * math.sqrt(3)))
-    half = {"circle": (radius, radius, radius), "square": (radius * 0.886,) * 3,
-            "triangle": (inner * math.sqrt(3), 2 * inner, inner)}[shape]  # half width, above, below
-    low = torch.tensor([half[0], half[1]]) - step.clamp(max=0)  # where the first frame's centre may be
+    half = {
+        "circle": (radius, radius, radius),
+        "square": (radius * 0.886,) * 3,
+        "triangle": (inner * math.sqrt(3), 2 * inner, inner),
+    }[shape]  # half width, above, below
+    low = torch.tensor([half[0], half[1]]) - step.clamp(
+        max=0
+    )  # [2]  where the first frame's centre may be
     high = size - torch.tensor([half[0], half[2]]) - step.clamp(min=0)
     place = torch.where(heading == 0, u[2:], torch.where(heading < 0, 0.3 * u[2:], 1 - 0.3 * u[2:]))
     start = low + (high - low) * place
@@ -607,8 +824,8 @@ def detect(video):
     """Name what a toy clip shows: ("red", "circle", "left"), or None if it shows no such thing.
 
     video: uint8 or float in [0, 255], [T, 3, H, W]. It looks at the pixels alone: colour from the
-    strongest pixels, shape by the best overlap with a shape of the same area drawn at the same places,
-    direction from a straight line through the centres.
+    strongest pixels, shape by the best overlap with a shape of the same area drawn at the same
+    places, direction from a straight line through the centres.
     """
     video = video.float()
     T, _, size, _ = video.shape
@@ -626,7 +843,7 @@ def detect(video):
     cover = (offset * paint.view(3, 1, 1)).sum(1) / paint.square().sum()  # [T, H, W]
     cover = torch.where(cover > 0.15, cover.clamp(max=1), 0)
 
-    area = cover.sum((1, 2))  # [T]
+    area = cover.sum((1, 2))  # [T]  cover.sum(1) below is [T, W], cover.sum(2) is [T, H]
     if area.min() < 0.5 * area.median() or area.max() > 2 * area.median():
         return None  # a shape does not come and go
     pixel = torch.arange(size) + 0.5
@@ -636,27 +853,44 @@ def detect(video):
     overlap = {}
     for shape in SHAPES:
         ideal = coverage(shape, centre, radius, size)
-        overlap[shape] = (torch.minimum(ideal, cover).sum() / torch.maximum(ideal, cover).sum()).item()
+        overlap[shape] = (
+            torch.minimum(ideal, cover).sum() / torch.maximum(ideal, cover).sum()
+        ).item()
     shape = max(overlap, key=overlap.get)
     if overlap[shape] < 0.6:
         return None
 
     time = torch.linspace(-0.5, 0.5, T)
-    velocity = (centre * time[:, None]).sum(0) / time.square().sum()  # least squares, pixels per clip
+    velocity = (centre * time[:, None]).sum(
+        0
+    ) / time.square().sum()  # least squares, pixels per clip
     residual = centre - centre.mean(0) - time[:, None] * velocity
     along = max(DIRECTIONS, key=lambda d: velocity @ torch.tensor(DIRECTIONS[d], dtype=torch.float))
     across = (velocity * torch.tensor(DIRECTIONS[along][::-1])).norm()
-    if velocity.norm() < size / 8 or across > 0.4 * velocity.norm() or residual.norm(dim=1).mean() > size / 16:
+    if (
+        velocity.norm() < size / 8
+        or across > 0.4 * velocity.norm()
+        or residual.norm(dim=1).mean() > size / 16
+    ):
         return None  # hardly moves, moves aslant, or jumps about
     return colour, shape, along
 
 
 def make_toy(out, clips=2048, frames=8, size=64, seed=0, fps=8):
-    """Draw the toy: out/train.csv with `clips` films of the 42 seen triples, out/held_out.csv with two new
-    films of each of the 48. The CSVs are written last, so where they are, everything is."""
-    out = Path(out)
-    if clips < 1 or size % 16:
-        raise BadInput(f"clips={clips} and size={size}: there must be a clip, and the size must divide by 16")
+    """Draw the toy: out/train.csv with `clips` films of the 42 seen triples, out/held_out.csv with
+    two new films of each of the 48. The CSVs are written last, so where they are, everything is.
+    """
+    if clips < 1 or frames < 2 or size < 32:
+        raise BadInput(
+            f"clips={clips}, frames={frames}, size={size}: expected 1 or more, 2 or more, 32 or "
+            "more"
+        )
+    out, settings = (
+        Path(out),
+        {"clips": clips, "frames": frames, "size": size, "seed": seed, "fps": fps},
+    )
+    check_settings(out, settings)
+    write_json(out / "settings.json", settings)
     seen = [triple for triple in TRIPLES if triple not in HELD_OUT]
     for split, triples, n in (("train", seen, clips), ("held_out", TRIPLES, 2 * len(TRIPLES))):
         if (out / f"{split}.csv").exists():
@@ -687,9 +921,13 @@ def main():
     cache.add_argument("--stride", type=int, default=1, help="source frames per kept frame")
     cache.add_argument("--vae", default="assets/vae", help="folder or Hub name of an AutoencoderKL")
     cache.add_argument("--t5", default="assets/t5", help="folder or Hub name of a T5 encoder")
-    cache.add_argument("--caption-length", type=int, default=16, help="most caption tokens; 120 for T5-XXL")
-    cache.add_argument("--max-bad", type=float, default=0.5, help="share of unusable clips at which to give up")
-    cache.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    cache.add_argument(
+        "--caption-length", type=int, default=16, help="most caption tokens; 120 for T5-XXL"
+    )
+    cache.add_argument(
+        "--max-bad", type=float, default=0.5, help="share of unusable clips at which to give up"
+    )
+    cache.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     for sub in (toy, cache):
         sub.add_argument("--frames", type=int, default=8, help="frames per clip")
         sub.add_argument("--size", type=int, default=64, help="height and width in pixels")
@@ -701,9 +939,14 @@ def main():
         print(f"{args.out}/train.csv and held_out.csv, {time.time() - start:.0f} s")
         return
     read_table(args.table)  # complain about the list before loading encoders
-    vae, t5 = VAE(args.vae, args.device), T5(args.t5, args.caption_length, args.device)
-    made = write_cache(args.table, args.out, vae, t5, args.frames, args.stride, args.size, args.seed, args.max_bad)
-    print(f"{args.out}: {len(made)} clips, {len(made.skipped)} skipped, {time.time() - start:.0f} s")
+    device = pick_device(args.device)
+    vae, t5 = VAE(args.vae, device), T5(args.t5, args.caption_length, device)
+    made = write_cache(
+        args.table, args.out, vae, t5, args.frames, args.stride, args.size, args.seed, args.max_bad
+    )
+    print(
+        f"{args.out}: {len(made)} clips, {len(made.skipped)} skipped, {time.time() - start:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """STDiT, the spatial-temporal diffusion transformer of Open-Sora v1: the network alone.
 
-It is given a noisy film (as latents of an image VAE), a diffusion timestep and a caption (as T5 tokens),
-and predicts the noise in the film and, in a second half of its channels, how uncertain each step back is.
-What is done with that prediction stands in sample.py. Names of modules are those of the released weights.
+It is given a noisy film (as latents of an image VAE), a diffusion timestep and a caption (as T5
+tokens), and predicts the noise in the film and, in a second half of its channels, how uncertain
+each step back is. What is done with that prediction stands in sample.py. Names of modules are those of
+the released weights. "Report" is Open-Sora v1's technical report.
 
 Shapes, in this file:
-    B batch    C latent channels (4)    T frames    H, W latent height and width
+    B batch    C latent channels (4)    H, W latent height and width
+    T frames; behind the embedder in units of the patch's frames (1 in v1)
     h, w patches per frame, down and across    S = h*w patches per frame    D hidden size
-    L caption tokens    E caption channels    N, M lengths of any two sequences, of queries and keys
+    L caption tokens    E caption channels    N length of any sequence of tokens
 """
 
 import math
@@ -22,9 +24,9 @@ from einops import rearrange
 # ---------------------------------------------------------------------------------------------
 # Configuration
 #
-# One frozen dataclass says everything that decides shapes and positions. Two models that agree in it
-# can exchange weights; two that differ only in the scales can as well, which is how training moves from
-# small films to large ones.
+# One frozen dataclass says everything that decides shapes and positions. Two models that agree in
+# it can exchange weights; two that differ only in the scales can as well, which is how training
+# moves from small films to large ones.
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,25 @@ class STDiTConfig:
     hidden_size: int = 1152  # D, channels of a token; a multiple of 4 (sin and cos, of x and y)
     num_heads: int = 16  # attention heads; D / heads = 72 channels each
     mlp_ratio: float = 4.0  # hidden channels of the MLP per token channel
-    patch_size: tuple = (1, 2, 2)  # frames x height x width of latents that make a token; v1 found 2 frames worse
+    patch_size: tuple = (
+        1,
+        2,
+        2,
+    )  # frames x height x width of latents that make a token; v1 found 2 frames worse
     in_channels: int = 4  # C, fixed by the VAE
     caption_channels: int = 4096  # E, fixed by the text encoder (4096: T5-XXL)
-    caption_length: int = 120  # the most caption tokens the model is given, and the length of the null caption
-    variant: str = "sequential"  # how space and time attend; see Block
-    space_scale: float | tuple = 1.0  # position = index / scale; 1 at 512x512, 0.5 at 256x256; or one for (h, w)
-    time_scale: float = 1.0  # position = index / scale; 1 for every 3rd source frame, 3/2 for every 2nd
+    caption_length: int = (
+        120  # the most caption tokens the model is given, and the length of the null caption
+    )
+    variant: str = (
+        "sequential"  # how space and time attend: one after the other, the design that v1 chose
+    )
+    space_scale: float | tuple = (
+        1.0  # position = index / scale; 1 at 512x512, 0.5 at 256x256; or one for (h, w)
+    )
+    time_scale: float = (
+        1.0  # position = index / scale; 1 for every 3rd source frame, 3/2 for every 2nd
+    )
 
 
 MODELS = {
@@ -58,21 +72,26 @@ MODELS = {
 # ---------------------------------------------------------------------------------------------
 # Where and when: sinusoids
 #
-# Attention does not see order. So a token is told its place by a vector of sines and cosines of it at
-# frequencies from 1 down to 1/10000, and the network its timestep in the same way. Positions are indices
-# divided by a scale: a model trained on 32x32 patches reads a grid of 16x16 at scale 0.5 as the same
-# picture seen coarsely, and that is what makes training from small to large films cheap (report, T1).
-# All of it stays in fp32: in bf16 only 507 of the 1000 timesteps would remain distinct.
+# Attention does not see order. So a token is told its place by a vector of sines and cosines of it
+# at frequencies from 1 down to 1/10000, and the network its timestep in the same way. Positions are
+# indices divided by a scale: a model trained on 32x32 patches reads a grid of 16x16 at scale 0.5 as
+# the same picture seen coarsely, and that is what makes training from small to large films cheap
+# (report, T1). All of it stays in fp32: in bf16 only 507 of the 1000 timesteps would remain
+# distinct.
 
 
 @lru_cache(maxsize=32)
 def frequencies(n, device):
-    """10000^(-i/n) for i = 0 … n - 1, fp32 [n]. Worked out in float64, which Apple's GPUs lack, so on the CPU."""
+    """10000^(-i/n) for i = 0 to n - 1, fp32 [n]. Worked out in float64, which Apple's GPUs lack, so
+    on the CPU.
+    """
     return (10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)).float().to(device)
 
 
 def sinusoid(position, dim):
-    """Sines and cosines of a position (any shape, fp32) at dim / 2 frequencies: two of [..., dim / 2]."""
+    """Sines and cosines of a position (any shape, fp32) at dim / 2 frequencies: two of [..., dim /
+    2].
+    """
     angle = position[..., None] * frequencies(dim // 2, position.device)
     return angle.sin(), angle.cos()
 
@@ -84,8 +103,10 @@ def scaled_index(n, scale, device):
 
 @lru_cache(maxsize=32)  # a run sees few grids, thousands of times
 def spatial_embedding(h, w, dim, scale, device):
-    """[S, D], rows in the order of patches (h, w). First half of the channels: x; second: y; each sin, cos."""
-    scale_h, scale_w = scale if isinstance(scale, (tuple, list)) else (scale, scale)
+    """[S, D], rows in the order of patches (h, w). First half of the channels: x; second: y; each
+    sin, cos.
+    """
+    scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
     x = torch.cat(sinusoid(scaled_index(w, scale_w, device), dim // 2), dim=-1)  # [w, D/2]
     y = torch.cat(sinusoid(scaled_index(h, scale_h, device), dim // 2), dim=-1)  # [h, D/2]
     both = torch.cat([x[None].expand(h, -1, -1), y[:, None].expand(-1, w, -1)], dim=-1)
@@ -101,12 +122,15 @@ def temporal_embedding(t, dim, scale, device):
 # ---------------------------------------------------------------------------------------------
 # The parts of a block: two kinds of attention, and an MLP
 #
-# Neither attention knows about space or time: each looks along the middle dimension of what it is given.
-# Which tokens share a sequence is decided by one rearrange in Block, and that is the whole of STDiT.
+# Neither attention knows about space or time: each looks along the middle dimension of what it is
+# given. Which tokens share a sequence is decided by one rearrange in Block, and that is the whole
+# of STDiT.
 
 
 def split_heads(x, parts, heads):
-    """[B, N, parts * D] -> parts tensors of [B, heads, N, D / heads]; weights are laid out (part, head, channel)."""
+    """[B, N, parts * D] -> parts tensors of [B, heads, N, D / heads]; weights are laid out (part,
+    head, channel).
+    """
     return rearrange(x, "b n (p heads d) -> p b heads n d", p=parts, heads=heads).unbind(0)
 
 
@@ -126,7 +150,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every token looks at the caption. x [B, N, D], y [B, L, D], mask [B, L] (True: a real token)."""
+    """Every token looks at the caption. x [B, N, D], y [B, L, D], mask [B, L] (True: a real token).
+    -> [B, N, D].
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -162,23 +188,24 @@ def norm(x):
 
 
 def modulate(x, shift, scale):
-    """adaLN, DiT (arXiv 2212.09748) section 3.2: the timestep sets each channel's scale and shift."""
+    """adaLN, DiT (arXiv 2212.09748) section 3.2: the timestep sets each channel's scale and "
+    "shift."""
     return norm(x) * (1 + scale) + shift
 
 
 # ---------------------------------------------------------------------------------------------
 # The block
 #
-# A film of T frames and S patches is T*S tokens. Attention among all of them costs (T*S)^2; STDiT lets
-# a token look at its own frame (S^2 each) and then at its own patch through time (T^2 each), one
-# after the other in every block, so that two hops connect any two tokens (report, A3). The rest is
-# PixArt-alpha's block: six rows set by the timestep (a table per block + one shared MLP of t, "adaLN-single",
-# arXiv 2310.00426 section 2.3), cross-attention to the caption, MLP. That a block starts out as exactly
-# PixArt's is the point: the temporal projection starts at zero, so the first film of a model that starts from
-# PixArt's weights is T of PixArt's pictures (A5).
+# A film of T frames and S patches is T*S tokens. Attention among all of them costs (T*S)^2; STDiT
+# lets a token look at its own frame (S^2 each) and then at its own patch through time (T^2 each),
+# one after the other in every block, so that two hops connect any two tokens (report, A3). The rest
+# is PixArt-alpha's block: six rows set by the timestep (a table per block + one shared MLP of t,
+# "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to the caption, MLP. That a block
+# starts out as exactly PixArt's is the point: the temporal projection starts at zero, so the first
+# film of a model that starts from PixArt's weights is T of PixArt's pictures (A5).
 #
-# Things that surprise: the temporal attention has no norm and no modulation and shares the spatial one's
-# gate; the cross-attention has neither norm nor gate. So the released weights want it.
+# Things that surprise: the temporal attention has no norm and no modulation and shares the spatial
+# one's gate; the cross-attention has neither norm nor gate. So the released weights want it.
 
 
 class Block(nn.Module):
@@ -192,17 +219,22 @@ class Block(nn.Module):
         self.mlp = MLP(D, int(D * config.mlp_ratio), D)
 
     def forward(self, x, y, mask, rows, time):
-        """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; rows [B, 6, D] from the timestep;
-        time [T, 1, D], or None: the temporal embedding, which only the first block is given. -> [B, T, S, D]."""
+        """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; rows [B, 6, D] from the
+        timestep; time [T, 1, D], or None: the temporal embedding, which only the first block is
+        given. -> [B, T, S, D].
+        """
         B, T, S, D = x.shape
         rows = (self.scale_shift_table + rows)[:, :, None, None]  # [B, 6, 1, 1, D]
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows.unbind(1)  # [B, 1, 1, D]; attention, MLP
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows.unbind(
+            1
+        )  # [B, 1, 1, D]; attention, MLP
 
         # 1. space: each frame looks at itself
         a = rearrange(modulate(x, shift_a, scale_a), "b t s d -> (b t) s d")  # [B*T, S, D]
         x = x + gate_a * rearrange(self.attn(a), "(b t) s d -> b t s d", t=T)
 
-        # 2. time: each patch looks through all frames. The embedding goes to this attention alone, not to x.
+        # 2. time: each patch looks through all frames. The embedding goes to this attention alone,
+        # not to x.
         a = x if time is None else x + time
         a = rearrange(a, "b t s d -> (b s) t d")  # [B*S, T, D]
         x = x + gate_a * rearrange(self.attn_temp(a), "(b s) t d -> b t s d", s=S)
@@ -229,7 +261,8 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t [B], 0 … 999 -> [B, D]. 256 channels of sinusoid, cos before sin here, then a small MLP."""
+    """t [B], 0 … 999 -> [B, D]. 256 channels of sinusoid, cos before sin here, then a small "
+    "MLP."""
 
     def __init__(self, dim):
         super().__init__()
@@ -255,7 +288,9 @@ class CaptionEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, T, S, D] -> patches [B, T, S, pt*ph*pw*2C]. Its two rows come from t *before* t_block."""
+    """Tokens [B, T, S, D] -> patches [B, T, S, pt*ph*pw*2C]. Its two rows come from t *before*
+    t_block.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -264,7 +299,10 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D**0.5)
 
     def forward(self, x, t):
-        shift, scale = (self.scale_shift_table + t[:, None])[:, :, None, None].unbind(1)  # [B, 1, 1, D]
+        # t [B, D] is the timestep's embedding
+        shift, scale = (self.scale_shift_table + t[:, None])[:, :, None, None].unbind(
+            1
+        )  # [B, 1, 1, D]
         return self.linear(modulate(x, shift, scale))
 
 
@@ -280,7 +318,10 @@ class STDiT(nn.Module):
         if config.variant != "sequential":
             raise ValueError(f"variant={config.variant!r}: only 'sequential' is there")
         if config.hidden_size % 4 or config.hidden_size % config.num_heads:
-            raise ValueError(f"hidden_size={config.hidden_size} must divide by 4 and num_heads={config.num_heads}")
+            raise ValueError(
+                f"hidden_size={config.hidden_size} must divide by 4 and "
+                f"num_heads={config.num_heads}"
+            )
         D = config.hidden_size
         self.config = config
         self.x_embedder = PatchEmbedder(config)
@@ -293,27 +334,34 @@ class STDiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Xavier for all linears; then small embedders, then the zeros that make a block start as nothing."""
+        """Xavier for all linears; then small embedders; then the zeros with which temporal and
+        cross-attention and the output start as nothing.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.xavier_uniform_(
+                    module.weight.flatten(1)
+                )  # a view: a Conv3d counts as its linear layer
                 nn.init.zeros_(module.bias)
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]):
             nn.init.normal_(linear.weight, std=0.02)
         for linear in (self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2):
             nn.init.normal_(linear.weight, std=0.02)
         for block in self.blocks:
-            nn.init.zeros_(block.attn_temp.proj.weight)  # at step 0 a film is T pictures (report, A5)
+            nn.init.zeros_(
+                block.attn_temp.proj.weight
+            )  # at step 0 a film is T pictures (report, A5)
             nn.init.zeros_(block.cross_attn.proj.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y, mask=None):
         """Predict noise and variance.
 
-        x [B, C, T, H, W] noisy latents; t [B] timesteps (0 … 999, any real dtype that holds them);
-        y [B, L, E] caption tokens; mask [B, L], true where a token is real, or None: all are.
-        -> [B, 2C, T, H, W]: C channels of noise, then C of variance (sample.py, "The model's variance").
-        Any T, and any H and W that the patch divides: positions are computed for the grid at hand.
+        x [B, C, T, H, W] noisy latents; t [B] timesteps (0 to 999, any real dtype);
+        y [B, L, E] caption tokens; mask [B, L], true where a token is real, or None: all are. ->
+        [B, 2C, T, H, W]: C channels of noise, then C of variance (sample.py, "The model's
+        variance"). Any T, and any H and W that the patch divides: positions are computed for the
+        grid at hand.
         """
         (pt, ph, pw), (T, H, W) = self.config.patch_size, x.shape[2:]
         if T % pt or H % ph or W % pw:
@@ -335,7 +383,8 @@ class STDiT(nn.Module):
 
 
 def unpatchify(x, patch_size, h, w):
-    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; within a patch the channel comes last."""
+    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; within a patch the channel comes "
+    "last."""
     pt, ph, pw = patch_size
     return rearrange(
         x, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=h, w=w, pt=pt, ph=ph, pw=pw
@@ -343,12 +392,17 @@ def unpatchify(x, patch_size, h, w):
 
 
 def drop_captions(y, mask, drop, null):
-    """Put the null caption in place of some captions: (y, mask) with all of null's tokens where drop is true.
+    """Put the null caption in place of some captions: (y, mask) with all of null's tokens where
+    drop is true.
 
-    y [B, L, E], mask [B, L], drop [B] bool, null [caption_length, E] (the model's y_embedder.y_embedding).
-    The null caption is used whole. v1 kept the mask of the prompt that it stood in for, so that "no
-    caption" meant something else after a short prompt than after a long one.
+    y [B, L, E], mask [B, L], drop [B] bool, null [caption_length, E] (the model's
+    y_embedder.y_embedding). The null caption is used whole. v1 kept the mask of the prompt that it
+    stood in for, so that "no caption" meant something else after a short prompt than after a long
+    one.
     """
     pad = null.shape[0] - y.shape[1]
-    y, mask = F.pad(y, (0, 0, 0, pad)), F.pad(mask.bool(), (0, pad))  # [B, caption_length, E], [B, caption_length]
+    y, mask = (
+        F.pad(y, (0, 0, 0, pad)),
+        F.pad(mask.bool(), (0, pad)),
+    )  # [B, caption_length, E], [B, caption_length]
     return torch.where(drop[:, None, None], null.to(y.dtype), y), mask | drop[:, None]

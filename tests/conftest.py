@@ -1,4 +1,5 @@
-"""Shared by all tests: the path to the scripts, a tiny data set, and a comparison that says how far off it was."""
+"""Shared by all tests: the path to the scripts, a tiny data set, and a comparison that says "
+"how far off it was."""
 
 import os
 import sys
@@ -17,7 +18,9 @@ import data  # noqa: E402
 def assert_close(found, expected, atol, cause):
     """Equal up to atol, which has this cause; a failure prints the largest difference."""
     worst = (found - expected).abs().max().item()
-    assert found.shape == expected.shape and worst <= atol, f"differs by up to {worst:.3g}, allowed {atol:g} ({cause})"
+    assert found.shape == expected.shape and worst <= atol, (
+        f"differs by up to {worst:.3g}, allowed {atol:g} ({cause})"
+    )
 
 
 def randomize(model, seed=0):
@@ -25,7 +28,10 @@ def randomize(model, seed=0):
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
+            parameter.copy_(
+                torch.randn_like(parameter)
+                * (0.3 if parameter.ndim < 2 else parameter[0].numel() ** -0.5)
+            )
     return model.eval()
 
 

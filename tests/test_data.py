@@ -17,8 +17,12 @@ def write_table(folder, *rows):
 
 
 def long_clip(path, n=40, size=64):
-    """A film of n frames of noise that is constant over blocks, so that frames differ and survive compression."""
-    blocks = torch.randint(0, 256, (n, 3, size // 16, size // 16), generator=torch.Generator().manual_seed(0))
+    """A film of n frames of noise that is constant over blocks, so that frames differ and survive
+    compression.
+    """
+    blocks = torch.randint(
+        0, 256, (n, 3, size // 16, size // 16), generator=torch.Generator().manual_seed(0)
+    )
     frames = blocks.repeat_interleave(16, 2).repeat_interleave(16, 3).to(torch.uint8)
     data.write_video(path, frames, 24)
     return path
@@ -28,7 +32,9 @@ def decode_all(path):
     import av
 
     with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]).permute(0, 3, 1, 2)
+        return torch.stack(
+            [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+        ).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("frames, stride", [(1, 1), (8, 1), (8, 3), (16, 2), (40, 1)])
@@ -37,7 +43,11 @@ def test_read_frames_are_those_of_a_full_decode(tmp_path, frames, stride):
     whole = decode_all(path)
     for seed in range(3):
         found = data.read_frames(path, frames, stride, torch.Generator().manual_seed(seed))
-        starts = [s for s in range(40 - (frames - 1) * stride) if torch.equal(found, whole[s : s + (frames - 1) * stride + 1 : stride])]
+        starts = [
+            s
+            for s in range(40 - (frames - 1) * stride)
+            if torch.equal(found, whole[s : s + (frames - 1) * stride + 1 : stride])
+        ]
         assert len(starts) == 1, starts
 
 
@@ -54,22 +64,30 @@ def test_spans_start_anywhere_that_leaves_room(tmp_path):
 @pytest.mark.parametrize("H, W", [(64, 64), (90, 160), (160, 90), (50, 200)])
 def test_fit_covers_and_cuts_the_centre(H, W):
     frames = torch.zeros(2, 3, H, W, dtype=torch.uint8)
-    frames[..., H // 2 - H // 8 : H // 2 + H // 8, W // 2 - H // 8 : W // 2 + H // 8] = 255  # a square in the middle
+    frames[..., H // 2 - H // 8 : H // 2 + H // 8, W // 2 - H // 8 : W // 2 + H // 8] = (
+        255  # a square in the middle
+    )
     out = data.fit(frames, 64, 64)
     assert out.shape == (2, 3, 64, 64) and out.dtype == torch.uint8
     assert out[..., 31:33, 31:33].min() > 250  # and it is in the middle still
-    assert_close(out.float(), out.flip(-1).float(), 40, "half a pixel of resampling")
+    for axis in (-1, -2):
+        assert_close(out.float(), out.flip(axis).float(), 40, "half a pixel of resampling")
 
 
 def test_short_missing_and_broken_clips_are_named_and_left_out(tmp_path, capsys):
     for name, n in (("good", 20), ("good2", 20), ("short", 5)):
         long_clip(tmp_path / f"{name}.mp4", n)
     (tmp_path / "broken.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:500])
-    table = write_table(tmp_path, "good.mp4,a", "short.mp4,b", "missing.mp4,c", "broken.mp4,d", "good2.mp4,e")
+    table = write_table(
+        tmp_path, "good.mp4,a", "short.mp4,b", "missing.mp4,c", "broken.mp4,d", "good2.mp4,e"
+    )
     clips = data.Clips(table, 8, 2, 32, seed=0, max_bad=0.6)
     assert [row[0] for row in clips.rows] == [0, 4] and clips[1, 7]["text"] == "e"
     errors = capsys.readouterr().err
-    assert "short.mp4 has 5 frames; 8 frames at stride 2 need 15" in errors and "missing.mp4 is not there" in errors
+    assert (
+        "short.mp4 has 5 frames; 8 frames at stride 2 need 15" in errors
+        and "missing.mp4 is not there" in errors
+    )
     assert "broken.mp4 can't be" in errors and "3 of 5 clips" in errors
     with pytest.raises(data.BadInput, match="3 of 5 clips can't be used"):
         data.Clips(table, 8, 2, 32, seed=0, max_bad=0.5)
@@ -95,10 +113,14 @@ def test_vae_wrapper_is_the_vae_frame_by_frame(encoders):
     video = torch.rand(2, 3, 3, 32, 48) * 2 - 1
     z = vae.encode(video)
     assert z.shape == (2, 4, 3, 4, 6)
-    direct = vae.model.encode(video[1, :, 2][None]).latent_dist.mean * vae.model.config.scaling_factor
+    direct = (
+        vae.model.encode(video[1, :, 2][None]).latent_dist.mean * vae.model.config.scaling_factor
+    )
     assert_close(z[1, :, 2], direct[0], 1e-5, "fp32, another batch size")
     back = vae.decode(z)
-    direct = vae.model.decode(z[1, :, 2][None] / vae.model.config.scaling_factor).sample[0].clamp(-1, 1)
+    direct = (
+        vae.model.decode(z[1, :, 2][None] / vae.model.config.scaling_factor).sample[0].clamp(-1, 1)
+    )
     assert back.shape == video.shape
     assert_close(back[1, :, 2], direct, 1e-4, "fp32, another batch size")
 
@@ -118,7 +140,9 @@ def test_t5_wrapper_is_t5_and_padding_takes_no_part(encoders, capsys):
     y, mask = t5.encode(["a red circle moving left", ""])
     assert y.shape == (2, 16, 64) and mask.sum(1).tolist() == [6, 1]  # words and the end token
     ids = t5.tokenizer("a red circle moving left", return_tensors="pt")["input_ids"]
-    assert_close(y[0, :6], t5.model(ids).last_hidden_state[0], 1e-5, "fp32, with padding and without")
+    assert_close(
+        y[0, :6], t5.model(ids).last_hidden_state[0], 1e-5, "fp32, with padding and without"
+    )
     assert t5.tokenizer.convert_tokens_to_ids("</s>") == ids[0, -1] and y[1, 1:].abs().max() == 0
     t5.encode(["a red circle moving left " * 5])
     assert "cut to 16" in capsys.readouterr().err
@@ -137,13 +161,20 @@ def test_an_encoder_that_is_not_there_gets_one_clear_line(source, message):
 
 
 def test_cache_equals_encoding_on_the_fly(toy, encoders):
-    cache, clips = data.LatentCache(toy / "cache_train"), data.Clips(toy / "train.csv", 8, 1, 64, seed=0)
+    cache, clips = (
+        data.LatentCache(toy / "cache_train"),
+        data.Clips(toy / "train.csv", 8, 1, 64, seed=0),
+    )
     assert len(cache) == len(clips) == 24
     batch = torch.utils.data.default_collate([clips[i, i] for i in range(5)])
-    x0, y, mask = data.encode_batch(batch, *encoders, [data.keyed_generator(0, "posterior", i) for i in range(5)])
+    x0, y, mask = data.encode_batch(
+        batch, *encoders, [data.keyed_generator(0, "posterior", i) for i in range(5)]
+    )
     for i in range(5):
         sample = cache[i, 0]
-        assert_close(sample["latents"], x0[i], 1e-2, "fp16 storage of latents up to 8, and fp32 batches")
+        assert_close(
+            sample["latents"], x0[i], 1e-2, "fp16 storage of latents up to 8, and fp32 batches"
+        )
         assert_close(sample["y"], y[i], 4e-3, "fp16 storage of values up to 4")
         assert torch.equal(sample["mask"], mask[i]) and cache.text(i) == batch["text"][i]
 
@@ -160,6 +191,30 @@ def test_interrupted_cache_goes_on_where_it_stopped(toy, encoders, tmp_path, mon
     assert (broken / "shard_00000.safetensors").stat().st_mtime_ns == kept
     for file in whole.iterdir():
         assert file.read_bytes() == (broken / file.name).read_bytes(), file.name
+
+
+def test_a_clip_that_can_not_be_decoded_after_all_is_left_out(toy, encoders, tmp_path, capsys):
+    clip = bytearray((toy / "train/00000.mp4").read_bytes())
+    start = clip.index(b"mdat") + 4
+    clip[start : start + 400] = bytes(400)  # the packets are listed as before, but hold nothing
+    (tmp_path / "broken.mp4").write_bytes(clip)
+    table = write_table(tmp_path, "broken.mp4,a", f"{toy / 'train/00001.mp4'},b")
+    cache = data.write_cache(table, tmp_path / "cache", *encoders, 8, 1, 64)
+    assert len(cache) == 1 and cache.text(0) == "b" and cache.skipped[0]["path"] == "broken.mp4"
+    assert "broken.mp4" in capsys.readouterr().err
+
+
+def test_the_commands_make_a_toy_and_its_cache(tmp_path, monkeypatch, capsys):
+    import sys
+
+    for argv in (
+        ["toy", "--clips", "2", "--out", str(tmp_path)],
+        ["cache", str(tmp_path / "train.csv"), "--out", str(tmp_path / "cache")],
+    ):
+        monkeypatch.setattr(sys, "argv", ["data.py", *argv])
+        data.main()
+    assert len(data.LatentCache(tmp_path / "cache")) == 2
+    assert "2 clips, 0 skipped" in capsys.readouterr().out
 
 
 def test_other_settings_are_refused_with_the_difference_named(toy, encoders):
@@ -181,14 +236,18 @@ def test_a_truncated_shard_is_named_before_training(toy, tmp_path):
 
 
 def test_a_changed_byte_in_a_shard_is_noticed_when_it_is_read(toy, tmp_path):
-    cache = data.LatentCache(damaged(toy, tmp_path, lambda b: b[:-3000] + bytes([b[-3000] ^ 1]) + b[-2999:]))
+    cache = data.LatentCache(
+        damaged(toy, tmp_path, lambda b: b[:-3000] + bytes([b[-3000] ^ 1]) + b[-2999:])
+    )
     with pytest.raises(data.BadInput, match="shard_00000.safetensors: sample .* is damaged"):
         [cache[i, 0] for i in range(len(cache))]
 
 
 def test_a_shard_holds_what_its_names_say(toy):
     tensors = load_file(toy / "cache_train" / "shard_00000.safetensors")
-    assert tensors["3.latents"].shape == (4, 8, 8, 8) and tensors["3.latents"].dtype == torch.float16
+    assert (
+        tensors["3.latents"].shape == (4, 8, 8, 8) and tensors["3.latents"].dtype == torch.float16
+    )
     assert tensors["3.y"].shape == (6, 64)  # without its padding
 
 
@@ -206,8 +265,12 @@ def test_toy_is_deterministic_in_its_seed_and_avoids_held_out_triples(toy, tmp_p
     data.make_toy(tmp_path, clips=24)
     data.make_toy(tmp_path / "other", clips=2, seed=1)
     for i in (0, 23):
-        assert (tmp_path / f"train/{i:05d}.mp4").read_bytes() == (toy / f"train/{i:05d}.mp4").read_bytes()
-    assert (tmp_path / "other/train/00000.mp4").read_bytes() != (toy / "train/00000.mp4").read_bytes()
+        assert (tmp_path / f"train/{i:05d}.mp4").read_bytes() == (
+            toy / f"train/{i:05d}.mp4"
+        ).read_bytes()
+    assert (tmp_path / "other/train/00000.mp4").read_bytes() != (
+        toy / "train/00000.mp4"
+    ).read_bytes()
     captions = {text for _, text in data.read_table(toy / "train.csv")}
     assert not captions & {data.caption_of(t) for t in data.HELD_OUT}
 
@@ -218,21 +281,28 @@ def test_shapes_of_one_size_have_one_area_and_stay_in_view():
     assert max(areas) / min(areas) < 1.02  # anti-aliasing of the corners
     for i, triple in enumerate(data.TRIPLES):
         video = data.draw_clip(triple, data.keyed_generator("view", i))
-        strength = (video.float() - torch.tensor(data.GROUND).view(3, 1, 1)).norm(dim=1).sum((1, 2))  # [T]
-        assert strength.max() / strength.min() < 1.03  # nothing is cut off in any frame; anti-aliasing and rounding
+        strength = (
+            (video.float() - torch.tensor(data.GROUND).view(3, 1, 1)).norm(dim=1).sum((1, 2))
+        )  # [T]
+        assert (
+            strength.max() / strength.min() < 1.03
+        )  # nothing is cut off in any frame; anti-aliasing and rounding
 
 
 def test_detector_and_vae_on_fresh_films_after_mp4(toy, encoders):
-    """96 held-out films, through H.264, the reader and the VAE: >= 99% right, at chance for shuffled captions, >= 33 dB."""
+    """96 held-out films, through H.264, the reader and the VAE: >= 99% right, at chance for
+    shuffled captions, >= 33 dB.
+    """
     clips, right, shuffled, error = data.Clips(toy / "held_out.csv", 8, 1, 64, 0), 0, 0, []
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0)).tolist()
     for i in range(96):
         video = clips[i, i]["frames"].transpose(0, 1)[None].float() / 127.5 - 1
         back = encoders[0].decode(encoders[0].encode(video))
         error.append((back - video).square().mean())
         found = data.detect((back[0].transpose(0, 1) + 1) * 127.5)
         right += found is not None and data.caption_of(found) == clips[i, i]["text"]
-        shuffled += found == data.TRIPLES[(7 * i + 11) % 48]
-    assert right >= 0.99 * 96 and shuffled <= 8  # chance is 2 of 96
+        shuffled += found is not None and data.caption_of(found) == clips[order[i], 0]["text"]
+    assert right >= 95 and shuffled <= 8  # 99%; chance is 2 of 96
     assert 10 * torch.log10(4 / torch.stack(error).mean()) >= 33  # peak to peak is 2
 
 
@@ -241,17 +311,31 @@ def test_detector_says_none_to_noise_and_blobs():
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     for i in range(60):
         assert data.detect(torch.randint(0, 256, (8, 3, 64, 64), generator=g)) is None
-        smooth = torch.nn.functional.interpolate(torch.rand(8, 3, 5, 5, generator=g) * 255, size=64, mode="bicubic")
+        smooth = torch.nn.functional.interpolate(
+            torch.rand(8, 3, 5, 5, generator=g) * 255, size=64, mode="bicubic"
+        )
         assert data.detect(smooth) is None
-        colour, shape, direction = data.TRIPLES[i % 48]  # a soft blob in a toy colour, moving as a toy shape would
-        centre = 32 + (torch.arange(8)[:, None] - 3.5) * 3.5 * torch.tensor(data.DIRECTIONS[direction])
-        blob = torch.exp(-((x - centre[:, 0, None, None]) ** 2 + (y - centre[:, 1, None, None]) ** 2) / 2 / (5 + i % 6) ** 2)
+        colour, shape, direction = data.TRIPLES[
+            i % 48
+        ]  # a soft blob in a toy colour, moving as a toy shape would
+        centre = 32 + (torch.arange(8)[:, None] - 3.5) * 3.5 * torch.tensor(
+            data.DIRECTIONS[direction]
+        )
+        blob = torch.exp(
+            -((x - centre[:, 0, None, None]) ** 2 + (y - centre[:, 1, None, None]) ** 2)
+            / 2
+            / (5 + i % 6) ** 2
+        )
         ground, paint = (torch.tensor(c).view(3, 1, 1) for c in (data.GROUND, data.COLOURS[colour]))
         assert data.detect(ground + blob[:, None] * (paint - ground)) is None
 
 
 def test_detector_wants_the_motion_too():
     video = data.draw_clip(("red", "circle", "left"), data.keyed_generator(0))
-    assert data.detect(video) == ("red", "circle", "left") and data.detect(video.flip(0)) == ("red", "circle", "right")
+    assert data.detect(video) == ("red", "circle", "left") and data.detect(video.flip(0)) == (
+        "red",
+        "circle",
+        "right",
+    )
     assert data.detect(video[:1].expand(8, -1, -1, -1)) is None  # stands still
     assert data.detect(video[[0, 5, 2, 7, 1, 6, 3, 4]]) is None  # jumps about

@@ -39,21 +39,35 @@ def test_q_sample_moments(t):
     se = math.sqrt((1 - abar) / noise.numel())
     assert abs(x_t.mean() - 2 * abar**0.5) < 5 * se  # 5 standard errors
     assert abs(x_t.var() / (1 - abar) - 1) < 5 * math.sqrt(2 / noise.numel())
-    assert_close(S.predict_x0(S.TRAINING, x_t, torch.tensor([t]), noise), x0, 1e-9, "float64, divided by sqrt(abar) = 0.006")
+    assert_close(
+        S.predict_x0(S.TRAINING, x_t, torch.tensor([t]), noise),
+        x0,
+        1e-9,
+        "float64, divided by sqrt(abar) = 0.006",
+    )
 
 
 @pytest.mark.parametrize("t", [1, 10, 500, 999])
 def test_learned_variance_loss_matches_closed_form_kl(t):
-    x0, noise, eps, v = film(2, 4, 2, 3, 3), film(2, 4, 2, 3, 3, seed=1), film(2, 4, 2, 3, 3, seed=2), film(2, 4, 2, 3, 3, seed=3)
+    x0, noise, eps, v = (
+        film(2, 4, 2, 3, 3),
+        film(2, 4, 2, 3, 3, seed=1),
+        film(2, 4, 2, 3, 3, seed=2),
+        film(2, 4, 2, 3, 3, seed=3),
+    )
     ts = torch.tensor([t, t])
     x_t = S.q_sample(S.TRAINING, x0, ts, noise)
     loss = S.diffusion_loss(S.TRAINING, torch.cat([eps, v], 1), x0, x_t, ts, noise)
     beta, abar, before = S.TRAINING.beta[t], S.TRAINING.abar[t], S.TRAINING.abar[t - 1]
     tilde = beta * (1 - before) / (1 - abar)
-    mean = lambda x: before.sqrt() * beta / (1 - abar) * x + (1 - beta).sqrt() * (1 - before) / (1 - abar) * x_t  # noqa: E731
+    mean = lambda x: (
+        before.sqrt() * beta / (1 - abar) * x + (1 - beta).sqrt() * (1 - before) / (1 - abar) * x_t
+    )  # noqa: E731
     guess = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
     std = ((v + 1) / 2 * beta.log() + (1 - v) / 2 * tilde.log()).mul(0.5).exp()
-    kl = kl_divergence(Normal(mean(x0), tilde.sqrt()), Normal(mean(guess), std)).flatten(1).mean(1) / math.log(2)
+    kl = kl_divergence(Normal(mean(x0), tilde.sqrt()), Normal(mean(guess), std)).flatten(1).mean(
+        1
+    ) / math.log(2)
     assert_close(loss["vlb"] / kl, torch.ones(2, dtype=F64), 1e-9, "float64, relative")
     assert_close(loss["mse"], (eps - noise).square().flatten(1).mean(1), 1e-12, "float64")
 
@@ -64,7 +78,9 @@ def test_vlb_at_t_0_is_the_likelihood_of_a_bin():
     normal, w = Normal(torch.tensor(0.2, dtype=F64), torch.tensor(0.6, dtype=F64)), 1 / 255
     edges = torch.tensor([[-9, -1 + w], [0.3 - w, 0.3 + w], [1 - w, 9]], dtype=F64)
     expected = (normal.cdf(edges[:, 1]) - normal.cdf(edges[:, 0])).clamp(min=1e-12).log()
-    assert_close(S.discretized_log_likelihood(x0, mean, log_std).flatten(), expected, 1e-9, "float64")
+    assert_close(
+        S.discretized_log_likelihood(x0, mean, log_std).flatten(), expected, 1e-9, "float64"
+    )
 
 
 def test_vlb_trains_the_variance_channels_only():
@@ -112,7 +128,9 @@ def ddim_error(steps):
 def test_ddim_without_noise_follows_the_exact_ode_of_a_gaussian():
     errors = [ddim_error(n) for n in (125, 250, 500, 1000)]
     assert errors[-1] < 5e-3, errors  # what is left is the first-order error of 1000 steps
-    assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:])), errors  # and it halves with the step
+    assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:])), (
+        errors
+    )  # and it halves with the step
 
 
 @pytest.mark.parametrize("sampler, steps", [("ddpm", 250), ("ddim", 250)])
@@ -127,7 +145,12 @@ def test_sampling_gaussian_data_gives_its_spread(sampler, steps):
 
 
 def test_ddim_with_eta_1_is_ddpm_with_the_lower_variance():
-    schedule, x, eps, noise = S.make_schedule(50), film(1, 4, 2, 2, 2), film(1, 4, 2, 2, 2, seed=1), film(1, 4, 2, 2, 2, seed=2)
+    schedule, x, eps, noise = (
+        S.make_schedule(50),
+        film(1, 4, 2, 2, 2),
+        film(1, 4, 2, 2, 2, seed=1),
+        film(1, 4, 2, 2, 2, seed=2),
+    )
     for i in (1, 20, 49):
         a = S.ddim_step(schedule, x, i, eps, None, noise, eta=1.0)
         b = S.ddpm_step(schedule, x, i, eps, -torch.ones_like(x), noise)
@@ -135,9 +158,13 @@ def test_ddim_with_eta_1_is_ddpm_with_the_lower_variance():
 
 
 def stand_in(x, t, y, mask):
-    """A network whose answer is known: the mean of the caption's tokens that take part, in every channel."""
+    """A network whose answer is known: the mean of the caption's tokens that take part, in every
+    channel.
+    """
     mean = (y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # [B, E]
-    return torch.cat([x, x], 1) * 0 + mean.mean(1).view(-1, 1, 1, 1, 1) * torch.arange(1, 9).view(1, 8, 1, 1, 1)
+    return torch.cat([x, x], 1) * 0 + mean.mean(1).view(-1, 1, 1, 1, 1) * torch.arange(1, 9).view(
+        1, 8, 1, 1, 1
+    )
 
 
 def test_guidance_moves_all_four_channels_and_takes_the_captioned_variance():
@@ -151,7 +178,9 @@ def test_guidance_moves_all_four_channels_and_takes_the_captioned_variance():
 
 @pytest.mark.parametrize("sampler", list(S.SAMPLERS))
 def test_a_film_does_not_depend_on_the_rest_of_the_batch(sampler):
-    config = STDiTConfig(depth=1, hidden_size=32, num_heads=4, caption_channels=24, caption_length=6)
+    config = STDiTConfig(
+        depth=1, hidden_size=32, num_heads=4, caption_channels=24, caption_length=6
+    )
     model = randomize(STDiT(config))
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.02)
     y, mask = film(3, 6, 24).float(), torch.arange(6)[None] < torch.tensor([[6], [2], [4]])

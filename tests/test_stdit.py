@@ -49,7 +49,10 @@ def test_temporal_zero_init_makes_frames_independent():
     alone = torch.cat([model(x[:, :, i : i + 1], t, y, mask) for i in range(3)], dim=2)
     assert (together - alone).abs().max() > 0.01  # a trained temporal attention does connect them
     for block in model.blocks:
-        torch.nn.init.zeros_(block.attn_temp.proj.weight), torch.nn.init.zeros_(block.attn_temp.proj.bias)
+        (
+            torch.nn.init.zeros_(block.attn_temp.proj.weight),
+            torch.nn.init.zeros_(block.attn_temp.proj.bias),
+        )
     together = model(x, t, y, mask)
     alone = torch.cat([model(x[:, :, i : i + 1], t, y, mask) for i in range(3)], dim=2)
     assert_close(together, alone, 1e-5, FP32)
@@ -57,7 +60,9 @@ def test_temporal_zero_init_makes_frames_independent():
 
 def test_new_blocks_start_with_zero_temporal_and_cross_attention():
     for block in STDiT(TINY).blocks:
-        assert block.attn_temp.proj.weight.abs().max() == block.cross_attn.proj.weight.abs().max() == 0
+        assert (
+            block.attn_temp.proj.weight.abs().max() == block.cross_attn.proj.weight.abs().max() == 0
+        )
         assert block.attn_temp.proj.bias.abs().max() == block.cross_attn.proj.bias.abs().max() == 0
 
 
@@ -71,11 +76,14 @@ def test_permuting_tokens_permutes_the_output_only_without_positions(axis):
         order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
         return x.flatten(3)[..., order].view_as(x)
 
-    for scale, equal in ((float("inf"), True), (1.0, False)):  # index / inf: all places are one place
+    for scale, equal in (
+        (float("inf"), True),
+        (1.0, False),
+    ):  # index / inf: all places are one place
         config = replace(TINY, patch_size=(1, 1, 1), **{f"{axis}_scale": scale})
         model = randomize(STDiT(config))
         off = (model(shuffled(x), t, y, mask) - shuffled(model(x, t, y, mask))).abs().max()
-        assert (off < 1e-5) == equal, off  # fp32 rounding, sums in another order
+        assert off < 1e-5 if equal else off > 0.01, off  # fp32 rounding, sums in another order
 
 
 def test_padding_of_the_caption_changes_nothing():
@@ -90,7 +98,12 @@ def test_padding_of_the_caption_changes_nothing():
 def test_null_caption_is_whole_whatever_the_prompt_was():
     null = torch.randn(10, 24)
     for L, n in ((10, 9), (10, 2), (5, 3)):
-        y, mask = drop_captions(torch.randn(2, L, 24), torch.arange(L).expand(2, L) < n, torch.tensor([True, False]), null)
+        y, mask = drop_captions(
+            torch.randn(2, L, 24),
+            torch.arange(L).expand(2, L) < n,
+            torch.tensor([True, False]),
+            null,
+        )
         assert torch.equal(y[0], null) and mask[0].all()
         assert y.shape == (2, 10, 24) and mask[1].sum() == n
 
@@ -109,11 +122,18 @@ def test_position_embeddings_at_hand_computed_places():
     space = spatial_embedding(2, 3, 16, 0.5, torch.device("cpu"))  # rows (h, w)
     x, y = 2 / 0.5, 1 / 0.5  # of patch h=1, w=2
     freq = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
-    expected = torch.cat([(x * freq).sin(), (x * freq).cos(), (y * freq).sin(), (y * freq).cos()]).float()
+    expected = torch.cat(
+        [(x * freq).sin(), (x * freq).cos(), (y * freq).sin(), (y * freq).cos()]
+    ).float()
     assert_close(space[1 * 3 + 2], expected, 1e-6, "fp32 sinusoids of angles up to 4")
     time = temporal_embedding(3, 16, 1.5, torch.device("cpu"))
     freq = 10000.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
-    assert_close(time[2], torch.cat([(2 / 1.5 * freq).sin(), (2 / 1.5 * freq).cos()]).float(), 1e-6, "fp32 sinusoids")
+    assert_close(
+        time[2],
+        torch.cat([(2 / 1.5 * freq).sin(), (2 / 1.5 * freq).cos()]).float(),
+        1e-6,
+        "fp32 sinusoids",
+    )
     pair = spatial_embedding(2, 3, 16, (1.0, 0.5), torch.device("cpu"))
     assert torch.equal(pair[2], spatial_embedding(1, 3, 16, 0.5, torch.device("cpu"))[2])
 
@@ -128,13 +148,19 @@ def plain_attention(q, k, v, heads):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_block_equals_its_definition_written_out(first):
-    """facts: space with gate; time without norm but with the same gate; caption without gate; MLP with gate."""
+    """facts: space with gate; time without norm but with the same gate; caption without gate; MLP
+    with gate.
+    """
     block = randomize(STDiT(TINY)).blocks[0].double()
     torch.manual_seed(2)
-    x, y, rows = (torch.randn(s, dtype=torch.float64) for s in ((1, 3, 6, 32), (1, 5, 32), (1, 6, 32)))
+    x, y, rows = (
+        torch.randn(s, dtype=torch.float64) for s in ((1, 3, 6, 32), (1, 5, 32), (1, 6, 32))
+    )
     time = torch.randn(3, 1, 32, dtype=torch.float64) if first else None
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (block.scale_shift_table + rows)[0]
-    norm = lambda z: (z - z.mean(-1, True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()  # noqa: E731
+    norm = lambda z: (
+        (z - z.mean(-1, True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    )  # noqa: E731
 
     z = x.clone()
     for f in range(3):
@@ -144,14 +170,18 @@ def test_block_equals_its_definition_written_out(first):
     for s in range(6):
         a = z[0, :, s] + (time[:, 0] if first else 0)
         q, k, v = block.attn_temp.qkv(a).chunk(3, dim=-1)
-        z2[0, :, s] += gate_a * block.attn_temp.proj(plain_attention(q[None], k[None], v[None], 4))[0]
+        z2[0, :, s] += (
+            gate_a * block.attn_temp.proj(plain_attention(q[None], k[None], v[None], 4))[0]
+        )
     k, v = block.cross_attn.kv_linear(y).chunk(2, dim=-1)
     z3 = z2 + block.cross_attn.proj(
         plain_attention(block.cross_attn.q_linear(z2.flatten(1, 2)), k, v, 4)
     ).view_as(z2)  # fmt: skip
     hidden = block.mlp.fc1(norm(z3) * (1 + scale_m) + shift_m)
     gelu = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
-    assert_close(block(x, y, None, rows, time), z3 + gate_m * block.mlp.fc2(gelu), 1e-12, "float64 rounding")
+    assert_close(
+        block(x, y, None, rows, time), z3 + gate_m * block.mlp.fc2(gelu), 1e-12, "float64 rounding"
+    )
 
 
 def test_patches_are_laid_out_with_the_channel_last():
@@ -160,11 +190,14 @@ def test_patches_are_laid_out_with_the_channel_last():
 
     x = torch.arange(16.0).view(1, 1, 1, 16)  # one patch of 1x2x2 with 4 channels
     out = unpatchify(x, (1, 2, 2), 1, 1)  # [1, 4, 1, 2, 2]
-    assert out[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3] and out[0, 0, 0].tolist() == [[0, 4], [8, 12]]
+    assert out[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3] and out[0, 0, 0].tolist() == [
+        [0, 4],
+        [8, 12],
+    ]
 
 
-def test_toy_preset_runs_forward_and_backward():
-    model = STDiT(MODELS["toy"])
+def test_every_weight_of_the_toy_preset_gets_a_gradient():
+    model = randomize(STDiT(MODELS["toy"]))
     out = model(torch.randn(1, 4, 8, 8, 8), torch.tensor([3]), torch.randn(1, 16, 64))
     out.square().mean().backward()
-    assert model.final_layer.linear.weight.grad is not None
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
