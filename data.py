@@ -271,16 +271,20 @@ def fit(frames, height, width):
 
 
 def write_video(path, frames, fps):
-    """uint8 [T, 3, H, W] -> an H.264 MP4 that any player shows. One encoder thread, so the same
-    bytes every time.
+    """uint8 [T, 3, H, W] -> an H.264 MP4 that any player shows; the same bytes every time, which x264
+    with several threads, or looking ahead at all, does not promise.
     """
     import av
 
+    options = {
+        "crf": "16",
+        "preset": "fast",
+        "x264-params": "threads=1:lookahead-threads=1:sync-lookahead=0:rc-lookahead=0:mbtree=0",
+    }
+
     def write(beside):
         with av.open(str(beside), "w", format="mp4") as container:
-            stream = container.add_stream(
-                "libx264", rate=fps, options={"crf": "16", "preset": "fast"}
-            )
+            stream = container.add_stream("libx264", rate=fps, options=options)
             stream.height, stream.width = frames.shape[-2:]
             stream.pix_fmt, stream.thread_count = "yuv420p", 1
             for image in frames.permute(0, 2, 3, 1).contiguous().numpy():  # [H, W, 3]
@@ -644,7 +648,8 @@ def write_shard(path, clips, rows, vae, t5, batch_size=8):
             }
             tensors |= {f"{len(samples)}.{key}": value for key, value in sample.items()}
             samples.append({"row": number, "text": batch["text"][j], "crc": checksum(sample)})
-    metadata = {"samples": json.dumps(samples), "skipped": json.dumps(skipped)}
+    # One entry: safetensors writes several in an order that changes from call to call.
+    metadata = {"index": json.dumps({"samples": samples, "skipped": skipped})}
     write_whole(path, lambda p: save_file(tensors, p, metadata))
 
 
@@ -660,7 +665,8 @@ def open_shard(path):
     """(the mapped file, its list of samples, its list of clips left out)."""
     try:
         file = safe_open(path, framework="pt")
-        return file, *(json.loads(file.metadata()[name]) for name in ("samples", "skipped"))
+        index = json.loads(file.metadata()["index"])
+        return file, index["samples"], index["skipped"]
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise BadInput(
             f"{path} is damaged or not there ({error}); delete it and index.json, and run the cache"

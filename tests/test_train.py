@@ -287,7 +287,7 @@ def parse(monkeypatch, *options):
     (["--size", "72"], "size=72 must divide by 16 .* try --size"),
     (["--steps", "0"], "steps=0"),
     (["--film_steps", "1"], "film_steps=1"),
-    (["--frames", "1"], "the toy has moving shapes"),
+    (["--frames", "1"], "the toy is about motion"),
     (["--drop_caption", "1.5"], "drop_caption=1.5"),
     (["--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
 ])  # fmt: skip
