@@ -271,7 +271,7 @@ def fit(frames, height, width):
 
 
 def write_video(path, frames, fps):
-    """uint8 [T, 3, H, W] -> an H.264 MP4 that any player shows; the same bytes every time, which x264
+    """uint8 [T, 3, H, W] -> an H.264 MP4 for any player; the same bytes every time, which x264
     with several threads, or looking ahead at all, does not promise.
     """
     import av
@@ -318,9 +318,9 @@ class Clips:
             warn(f"{len(self.skipped)} of {len(rows)} clips of {table} are skipped")
         if len(self.skipped) > max_bad * len(rows) or not self.rows:
             raise BadInput(
-                f"{table}: {len(self.skipped)} of {len(rows)} clips can't be used, more than "
-                "the share "
-                f"max_bad={max_bad}; mend the list, or ask for fewer frames or a smaller stride"
+                f"{table}: {len(self.skipped)} of {len(rows)} clips can't be used, more than the "
+                f"share max_bad={max_bad}; mend the list, or ask for fewer frames or a smaller "
+                "stride"
             )
 
     def __len__(self):
@@ -560,9 +560,8 @@ def write_cache(table, out, vae, t5, frames, stride, size, seed=0, max_bad=0.5):
     """
     if frames < 1 or stride < 1 or size < vae.factor or size % vae.factor:
         raise BadInput(
-            f"frames={frames}, stride={stride}, size={size}: expected 1 or more frames and "
-            "source frames per "
-            f"frame, and a size that divides by the VAE's factor {vae.factor}"
+            f"frames={frames}, stride={stride}, size={size}: expected 1 or more frames and source "
+            f"frames per frame, and a size that divides by the VAE's factor {vae.factor}"
         )
     out, settings = Path(out), {
         "table": hashlib.sha256(Path(table).read_bytes()).hexdigest()[:12],
@@ -590,8 +589,8 @@ def write_cache(table, out, vae, t5, frames, stride, size, seed=0, max_bad=0.5):
     skipped = clips.skipped + [bad for _, _, skipped in index for bad in skipped]
     if len(skipped) > max_bad * (len(clips) + len(clips.skipped)):
         raise BadInput(
-            f"{table}: {len(skipped)} clips can't be used, more than the share "
-            f"max_bad={max_bad}; mend the list"
+            f"{table}: {len(skipped)} clips can't be used, more than the share max_bad={max_bad}; "
+            "mend the list"
         )
     write_json(out / "index.json", {
         "settings": settings,
@@ -616,8 +615,8 @@ def check_settings(out, settings):
     ]
     if different:
         raise BadInput(
-            f"{out} was made with other settings ({'; '.join(different)}); give another --out, "
-            "or delete it"
+            f"{out} was made with other settings ({'; '.join(different)}); give another --out, or "
+            "delete it"
         )
 
 
@@ -681,37 +680,20 @@ class LatentCache:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        index = read_json(
-            self.folder / "index.json",
-            "delete it if it is there, and (re)make the cache with: "
-            f"python data.py cache clips.csv --out {folder}",
-        )
+        again = "delete the file and index.json, and run the cache command again"
+        index = read_json(self.folder / "index.json", f"no cache, or a damaged one: {again}")
         try:
-            self.settings, self.channels = index["settings"], index["latent_channels"]
-            self.caption_channels, self.vae, self.t5 = (
-                index["caption_channels"],
-                index["vae"],
-                index["t5"],
-            )
-            self.skipped, shards = (
-                index["skipped"],
-                [(s["file"], s["samples"]) for s in index["shards"]],
-            )
+            self.settings, self.skipped = index["settings"], index["skipped"]
+            self.channels = index["latent_channels"]
+            self.caption_channels = index["caption_channels"]
+            self.vae, self.t5 = index["vae"], index["t5"]
+            shards = [(str(self.folder / s["file"]), s["samples"]) for s in index["shards"]]
         except (KeyError, TypeError) as error:
-            raise BadInput(
-                f"{self.folder}/index.json is no index of a cache (no {error}); make it again"
-            ) from None
-        self.places = [(str(self.folder / file), i) for file, n in shards for i in range(n)]
-        for (
-            file,
-            n,
-        ) in shards:  # headers alone: a truncated file is found before training, not in the middle
-            if len(open_shard(str(self.folder / file))[1]) != n:
-                raise BadInput(
-                    f"{self.folder / file} does not hold the {n} samples that the index says; "
-                    "delete it "
-                    "and index.json, and run the cache command again"
-                )
+            raise BadInput(f"{self.folder}/index.json lacks {error}: {again}") from None
+        self.places = [(path, i) for path, n in shards for i in range(n)]
+        for path, n in shards:  # headers alone: a truncated file is found now, not while training
+            if len(open_shard(path)[1]) != n:
+                raise BadInput(f"{path} does not hold the {n} samples that the index says: {again}")
 
     def __len__(self):
         return len(self.places)
@@ -726,11 +708,8 @@ class LatentCache:
         file, samples, _ = open_shard(path)
         sample = {name: file.get_tensor(f"{i}.{name}") for name in ("latents", "y")}
         if checksum(sample) != samples[i]["crc"]:
-            raise BadInput(
-                f"{path}: sample {i} is damaged (its checksum differs); delete the file and "
-                "index.json, "
-                "and run the cache command again"
-            )
+            raise BadInput(f"{path}: sample {i} is damaged (its checksum differs); delete the file "
+                           "and index.json, and run the cache command again")  # fmt: skip
         n, length = len(sample["y"]), self.settings["caption_length"]
         y = torch.nn.functional.pad(sample["y"].float(), (0, 0, 0, length - n))  # [L, E]
         return {"latents": sample["latents"].float(), "y": y, "mask": torch.arange(length) < n}

@@ -197,7 +197,7 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
 # Training replaces 10% of the captions by the null caption, so one network predicts the noise with
 # and without a caption. Sampling walks away from the second (classifier-free guidance, arXiv
 # 2207.12598, eq. 6):
-#     eps = eps_null + g (eps_caption - eps_null),    g = 1: plain conditional, larger: closer to it.
+#     eps = eps_null + g (eps_caption - eps_null),    g = 1: as predicted; more: closer to it.
 # v1 did so for 3 of the 4 latent channels only, a leftover of RGB; here all are guided.
 
 
@@ -373,8 +373,8 @@ def check_encoder(encoder, names, what):
     if encoder.fingerprint != expected:
         raise BadInput(
             f"{encoder.source} does not fit the run: its {what} has fingerprint "
-            f"{encoder.fingerprint}, the "
-            f"run was trained with {names[what]} ({expected}); give that one with --{what}"
+            f"{encoder.fingerprint}, the run was trained with {names[what]} ({expected}); give "
+            f"that one with --{what}"
         )
 
 
@@ -468,8 +468,8 @@ def main():
     write_sheet(out / "sheet.png", films, prompts)
     print(
         f"{out / 'sheet.png'}\n{len(films)} films of {frames} frames at {size}x{size}, "
-        f"{args.steps} steps of "
-        f"{args.sampler}, guidance {args.guidance:g}: {time.time() - start:.1f} s on {device}"
+        f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}: "
+        f"{time.time() - start:.1f} s on {device}"
     )
 
 

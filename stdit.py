@@ -2,8 +2,8 @@
 
 It is given a noisy film (as latents of an image VAE), a diffusion timestep and a caption (as T5
 tokens), and predicts the noise in the film and, in a second half of its channels, how uncertain
-each step back is. What is done with that prediction stands in sample.py. Names of modules are those of
-the released weights. "Report" is Open-Sora v1's technical report.
+each step back is. What is done with that prediction stands in sample.py. Names of modules are those
+of the released weights. "Report" is Open-Sora v1's technical report.
 
 Shapes, in this file:
     B batch    C latent channels (4)    H, W latent height and width

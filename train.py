@@ -67,7 +67,7 @@ class TrainConfig:
     max_bad: float = 0.5  # share of unusable clips in a CSV at which the run ends
     # how
     steps: int = 5000  # optimizer steps, in all
-    image_share: float = 0.1  # the first share of them sees single frames, at 1 / frames of the cost
+    image_share: float = 0.1  # the first share of them sees single frames, for 1 / frames the cost
     batch_size: int = 16  # clips per step over all processes: their number changes nothing
     lr: float = 2e-3  # AdamW's peak; v1: 2e-5, for 760M parameters that were trained before
     warmup: int = 100  # steps in which the learning rate rises from 0
@@ -77,12 +77,12 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.99  # moving average of the weights, over about 1 / (1 - ema) steps; v1: 0.9999
     drop_caption: float = 0.1  # share of captions replaced by the null caption, for guidance
-    t_mean: float = 0.4  # timesteps are 1000 sigmoid(t_mean + t_std normal), arXiv 2403.03206 sec. 3.1
+    t_mean: float = 0.4  # timesteps are 1000 sigmoid(t_mean + t_std normal), arXiv 2403.03206
     t_std: float = 1.0  # ... or uniform, as in v1, if t_std is 0
     min_snr: float = 0.03  # loss weights min(1, min_snr / SNR(t)), arXiv 2303.09556; 0: 1, as in v1
     # where and how often
     seed: int = 0  # of every random draw in training (the toy's films and cache keep theirs, 0)
-    device: str = "auto"  # auto, cpu, cuda or mps; bf16 autocast over fp32 weights on cuda, else fp32
+    device: str = "auto"  # auto, cpu, cuda or mps; fp32, on cuda bf16 over fp32 weights
     workers: int = 0  # processes per rank that read data; a cache needs none
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 500  # steps between evaluations of the held-out loss
@@ -98,7 +98,7 @@ PRESETS = {"toy": TrainConfig()}
 
 
 def parse_command_line():
-    """(configuration, whether to resume), from a preset or the resumed run's own, and the options."""
+    """(configuration, whether to resume) from a preset or the resumed run, and the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,8 +189,8 @@ def check(config):
     require(
         c.frames > 0 and c.frames % pt == 0, f"frames={c.frames} must divide by the patch's {pt}"
     )
-    require(c.batch_size == batch, f"batch_size={c.batch_size} must divide by the {world} processes; "
-                                   f"try --batch_size {batch}")  # fmt: skip
+    require(c.batch_size == batch, f"batch_size={c.batch_size} must divide by the {world} "
+                                   f"processes; try --batch_size {batch}")  # fmt: skip
     if c.data == "toy":
         require(
             c.frames > 1, f"frames={c.frames}: the toy is about motion; give 2 or more, or --data"
@@ -349,8 +349,8 @@ def open_source(path, config):
     different = [f"{k}: {found[k]} there, {v} here" for k, v in wanted.items() if found[k] != v]
     if different:
         raise BadInput(
-            f"the cache {path} does not fit the run ({'; '.join(different)}); "
-            "make another with data.py cache, or change the run's fields"
+            f"the cache {path} does not fit the run ({'; '.join(different)}); make another with "
+            "data.py cache, or change the run's fields"
         )
     return cache
 
@@ -478,9 +478,9 @@ def load_checkpoint(config, model, ema, optimizer, encoders):
     names = ("model", "ema", "optimizer")
     state, weights, average, moments = read_checkpoint(newest_checkpoint(config.out), *names)
     require(config_from(state["model"]) == model.config,
-            f"{config.out} was trained as {state['model']}, which is not model={config.model!r}")  # fmt: skip
+            f"{config.out} is a {state['model']}, not model={config.model!r}")  # fmt: skip
     require(state["encoders"] == encoders,
-            f"{config.out} was trained with {state['encoders']}, its data has {encoders}")  # fmt: skip
+            f"{config.out} has {state['encoders']}, its data {encoders}")  # fmt: skip
     model.load_state_dict(weights)
     for name, tensor in ema.items():
         tensor.copy_(average[name])
@@ -536,8 +536,8 @@ def held_out_loss(config, model, source, rows, encoders, process):
 
 def caption_accuracy(config, model, encoders, films, process, **options):
     """Film every toy caption, films[0] times if it was seen in training, else films[1] times, and
-    let the detector judge. -> {"seen": ..., "held_out": ...}, each with the counts right in all, and
-    in colour, shape and direction.
+    let the detector judge. -> {"seen": ..., "held_out": ...}, each with the counts right in all,
+    and in colour, shape and direction.
     """
     triples = [t for t in data.TRIPLES for _ in range(films[t in data.HELD_OUT])]
     prompts = [data.caption_of(t) for t in triples]
@@ -579,8 +579,8 @@ def describe(accuracy):
         n = max(a["films"], 1)
         low, high = interval(a["right"], n)
         parts = ", ".join(f"{k} {a[k] / n:.0%}" for k in ("colour", "shape", "direction"))
-        lines.append(f"caption accuracy, {kind.replace('_', '-')} captions: {a['right'] / n:.1%} of "
-                     f"{a['films']} films (95% interval {low:.0%} to {high:.0%}); {parts}")  # fmt: skip
+        lines.append(f"caption accuracy, {kind.replace('_', '-')} captions: {a['right'] / n:.1%} "
+                     f"of {n} films (95% interval {low:.0%} to {high:.0%}); {parts}")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -609,7 +609,7 @@ def plot_losses(out):
             label=f"t {b * 250}-{b * 250 + 249}",
         )
     axes[1].set(title="held-out clips: loss of the noise, by t", xlabel="step", yscale="log")
-    axes[1].legend()
+    figure.legend(loc="outside right center")
     write_whole(Path(out) / "loss.png", lambda p: figure.savefig(p, format="png", dpi=100))
     plt.close(figure)
 
@@ -772,8 +772,8 @@ def train(config, resume):
         if step % config.log_every == 0 or last:
             losses = [loss.item(), parts["mse"].item(), parts["vlb"].item()]
             loss, mse, vlb = (v / process.world for v in process.sum(losses))
-            require(math.isfinite(loss + norm.item()), f"step {step}: the loss is {loss}, its gradient "
-                    f"{norm.item()}; --resume with a smaller --lr from the last checkpoint")  # fmt: skip
+            require(math.isfinite(loss + norm.item()), f"step {step}: the loss is {loss}, its "
+                    f"gradient {norm.item()}; --resume with a smaller --lr")  # fmt: skip
             rate = config.log_every * config.batch_size / (time.time() - clock)
             metrics.write(step=step, loss=loss, mse=mse, vlb=vlb, grad_norm=norm.item(),
                           lr=learning_rate(config, step - 1), clips_per_second=rate)  # fmt: skip
@@ -801,8 +801,8 @@ def train(config, resume):
 
     with averaged(model, ema):
         finish(config, model, held_source, held_rows, encoders, metrics, process)
-    process.say(f"{config.steps} steps in {time.time() - start:.0f} s, in {config.out}: checkpoints, "
-                "metrics.jsonl, loss.png, films.gif, films.png")  # fmt: skip
+    process.say(f"{config.steps} steps in {time.time() - start:.0f} s, in {config.out}: "
+                "checkpoints, metrics.jsonl, loss.png, films.gif, films.png")  # fmt: skip
     if process.world > 1:
         dist.destroy_process_group()
 
@@ -815,8 +815,8 @@ def banner(config, model, step, clips, held_out, process):
     )
     precision = "bf16 over fp32 weights" if process.device.startswith("cuda") else "fp32"
     fields_ = " ".join(f"{k}={v}" for k, v in asdict(config).items())
-    return (f"{config.model}: {parameters:,} parameters; {clips} clips of {size}, {held_out} held out; "
-            f"{process.world} process(es) on {process.device}, {precision}; steps {step} to "
+    return (f"{config.model}: {parameters:,} parameters; {clips} clips of {size}, {held_out} held "
+            f"out; {process.world} process(es) on {process.device}, {precision}; steps {step} to "
             f"{config.steps} of {config.batch_size} clips\n{fields_}")  # fmt: skip
 
 

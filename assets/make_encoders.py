@@ -10,6 +10,7 @@ nothing.
 """
 
 import argparse
+import io
 import math
 import random
 import sys
@@ -131,13 +132,14 @@ def make_t5(steps=500, batch=64):
     folder = ASSETS / "t5"
     folder.mkdir(exist_ok=True)
     captions = [data.caption_of(t) for t in data.TRIPLES if t not in data.HELD_OUT]
+    pieces = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         # SentencePiece takes a whole word for a piece only if it meets it in two surroundings: so
         # with commas, too.
         sentence_iterator=iter(
             [text for c in captions for text in (c, c.replace(" ", ", ") + ".")] + WORDS.split()
         ),
-        model_prefix=str(folder / "spiece"),
+        model_writer=pieces,
         vocab_size=128,
         hard_vocab_limit=False,
         model_type="unigram",
@@ -148,7 +150,7 @@ def make_t5(steps=500, batch=64):
         bos_id=-1,
         minloglevel=2,
     )
-    (folder / "spiece.vocab").unlink()
+    (folder / "spiece.model").write_bytes(pieces.getvalue())
     tokenizer = T5Tokenizer.from_pretrained(folder)
     print(len(tokenizer), "tokens;", tokenizer.tokenize(captions[0]))
     torch.set_num_threads(1)  # faster for something this small
