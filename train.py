@@ -776,7 +776,8 @@ def train(config, resume):
                     f"gradient {norm.item()}; --resume with a smaller --lr")  # fmt: skip
             rate = config.log_every * config.batch_size / (time.time() - clock)
             metrics.write(step=step, loss=loss, mse=mse, vlb=vlb, grad_norm=norm.item(),
-                          lr=learning_rate(config, step - 1), clips_per_second=rate)  # fmt: skip
+                          lr=learning_rate(config, step - 1), clips_per_second=rate,
+                          seconds=time.time() - start)  # fmt: skip
             bar.set_postfix(loss=f"{loss:.4f}", clips_per_s=f"{rate:.1f}")
             if bar.disable:
                 left = (config.steps - step) * config.batch_size / rate / 60
