@@ -47,9 +47,8 @@ def command(main):
         main()
     except BadInput as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        message = (
-            str(error).splitlines()[-1].removeprefix("data.BadInput: ")
-        )  # from a data worker it comes with a traceback
+        # from a data worker it comes with a traceback
+        message = str(error).splitlines()[-1].removeprefix("data.BadInput: ")
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -101,8 +100,9 @@ def read_json(path, what):
 
 
 def pick_device(name):
-    """auto: CUDA, else MPS, else CPU; anything else as it is, or BadInput if the machine "
-    "lacks it."""
+    """auto: CUDA, else MPS, else CPU; anything else as it is, or BadInput if the machine
+    lacks it.
+    """
     have = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -250,9 +250,8 @@ def read_frames(path, frames, stride, generator=None):
             raise BadClip(f"can't be decoded: {error}") from None
     if len(found) < len(wanted):
         raise BadClip(f"only {len(found)} of the {len(wanted)} frames wanted could be decoded")
-    return torch.from_numpy(np.stack([found[t] for t in wanted])).permute(
-        0, 3, 1, 2
-    )  # [T, 3, H, W]
+    # [T, 3, H, W]
+    return torch.from_numpy(np.stack([found[t] for t in wanted])).permute(0, 3, 1, 2)
 
 
 def fit(frames, height, width):
@@ -436,9 +435,8 @@ class VAE:
         }  # True would want a further package
         self.model = load_frozen(AutoencoderKL.from_pretrained, source, "vae", **options).to(device)
         self.source, self.device, self.micro_batch = portable(source), device, micro_batch
-        self.scale = (
-            self.model.config.scaling_factor
-        )  # brings latents to unit variance: 0.18215 for Stability's
+        # brings latents to unit variance: 0.18215 for Stability's
+        self.scale = self.model.config.scaling_factor
         self.channels = self.model.config.latent_channels
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)  # 8
         # Of what makes the latents: decoders may differ, as ft-mse's and ft-ema's do.
@@ -458,20 +456,19 @@ class VAE:
         the size of one changes nothing.
         """
         B, _, T = video.shape[:3]
-        frames = video.transpose(1, 2).flatten(
-            0, 1
-        )  # [B*T, 3, H, W]  a film is a stack of pictures
+        # [B*T, 3, H, W]  a film is a stack of pictures
+        frames = video.transpose(1, 2).flatten(0, 1)
         posteriors = [
             self.model.encode(part.to(self.device, self.dtype)).latent_dist
             for part in frames.split(self.micro_batch)
         ]
-        z = (
-            torch.cat([p.mean for p in posteriors]).float().unflatten(0, (B, T)).transpose(1, 2)
-        )  # [B, C, T, h, w]
+        # [B, C, T, h, w]
+        z = torch.cat([p.mean for p in posteriors]).float().unflatten(0, (B, T)).transpose(1, 2)
         if generators is not None:
+            # [B, C, T, h, w]
             std = (
                 torch.cat([p.std for p in posteriors]).float().unflatten(0, (B, T)).transpose(1, 2)
-            )  # [B, C, T, h, w]
+            )
             z = z + std * torch.stack(
                 [torch.randn(z.shape[1:], generator=g) for g in generators]
             ).to(z)
@@ -572,9 +569,8 @@ def write_cache(table, out, vae, t5, frames, stride, size, seed=0, max_bad=0.5):
     if (out / "index.json").exists():
         return LatentCache(out)
     clips = Clips(table, frames, stride, size, seed, max_bad)
-    settings["clips"] = zlib.crc32(
-        repr([number for number, _, _ in clips.rows]).encode()
-    )  # files may come and go
+    # files may come and go
+    settings["clips"] = zlib.crc32(repr([number for number, _, _ in clips.rows]).encode())
     check_settings(out, settings)
     write_json(out / "settings.json", settings)
     shards = [
@@ -792,9 +788,8 @@ def draw_clip(triple, generator, frames=8, size=64):
         "square": (radius * 0.886,) * 3,
         "triangle": (inner * math.sqrt(3), 2 * inner, inner),
     }[shape]  # half width, above, below
-    low = torch.tensor([half[0], half[1]]) - step.clamp(
-        max=0
-    )  # [2]  where the first frame's centre may be
+    # [2]  where the first frame's centre may be
+    low = torch.tensor([half[0], half[1]]) - step.clamp(max=0)
     high = size - torch.tensor([half[0], half[2]]) - step.clamp(min=0)
     place = torch.where(heading == 0, u[2:], torch.where(heading < 0, 0.3 * u[2:], 1 - 0.3 * u[2:]))
     start = low + (high - low) * place

@@ -50,9 +50,8 @@ class Schedule:
     abar: torch.Tensor  # [N]  share of the signal's variance that is left after the step
     abar_prev: torch.Tensor  # [N]  the same one step nearer to x_0; 1 at index 0
     beta: torch.Tensor  # [N]  variance added in this step; also the upper bound of the step back
-    log_posterior: (
-        torch.Tensor
-    )  # [N]  log of beta-tilde, the variance of q(x_{t-1} | x_t, x_0): the lower bound
+    # [N]  log of beta-tilde, the variance of q(x_{t-1} | x_t, x_0): the lower bound
+    log_posterior: torch.Tensor
 
 
 def make_schedule(steps=1000):
@@ -64,9 +63,8 @@ def make_schedule(steps=1000):
     abar = abar[timesteps]
     abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
     beta = 1 - abar / abar_prev
-    posterior = (
-        beta * (1 - abar_prev) / (1 - abar)
-    )  # beta-tilde: 0 at index 0, where the step back is certain
+    # beta-tilde: 0 at index 0, where the step back is certain
+    posterior = beta * (1 - abar_prev) / (1 - abar)
     posterior[0] = posterior[1]  # and its logarithm -inf: IDDPM takes the next one
     return Schedule(timesteps, abar, abar_prev, beta, posterior.log())
 
@@ -379,8 +377,9 @@ def check_encoder(encoder, names, what):
 
 
 def film_keys(seed, prompts):
-    """A key per film for its noise: the seed, the prompt, and how often the prompt has come "
-    "before."""
+    """A key per film for its noise: the seed, the prompt, and how often the prompt has come
+    before.
+    """
     return [(seed, "film", prompt, prompts[:i].count(prompt)) for i, prompt in enumerate(prompts)]
 
 

@@ -32,28 +32,16 @@ from einops import rearrange
 @dataclass(frozen=True)
 class STDiTConfig:
     depth: int = 28  # blocks
-    hidden_size: int = 1152  # D, channels of a token; a multiple of 4 (sin and cos, of x and y)
+    hidden_size: int = 1152  # D, channels of a token; a multiple of 4: sin and cos, of x and y
     num_heads: int = 16  # attention heads; D / heads = 72 channels each
     mlp_ratio: float = 4.0  # hidden channels of the MLP per token channel
-    patch_size: tuple = (
-        1,
-        2,
-        2,
-    )  # frames x height x width of latents that make a token; v1 found 2 frames worse
+    patch_size: tuple = (1, 2, 2)  # latents in a token; 2 frames in one were worse in v1
     in_channels: int = 4  # C, fixed by the VAE
-    caption_channels: int = 4096  # E, fixed by the text encoder (4096: T5-XXL)
-    caption_length: int = (
-        120  # the most caption tokens the model is given, and the length of the null caption
-    )
-    variant: str = (
-        "sequential"  # how space and time attend: one after the other, the design that v1 chose
-    )
-    space_scale: float | tuple = (
-        1.0  # position = index / scale; 1 at 512x512, 0.5 at 256x256; or one for (h, w)
-    )
-    time_scale: float = (
-        1.0  # position = index / scale; 1 for every 3rd source frame, 3/2 for every 2nd
-    )
+    caption_channels: int = 4096  # E, fixed by the text encoder; 4096: T5-XXL
+    caption_length: int = 120  # most caption tokens, and the length of the null caption
+    variant: str = "sequential"  # how space and time attend: one after the other, as v1 chose
+    space_scale: float | tuple = 1.0  # place = index / scale; 1 at 512x512, 0.5 at 256x256
+    time_scale: float = 1.0  # index / scale; 1 for every 3rd source frame, 3/2 for every 2nd
 
 
 MODELS = {
@@ -188,8 +176,9 @@ def norm(x):
 
 
 def modulate(x, shift, scale):
-    """adaLN, DiT (arXiv 2212.09748) section 3.2: the timestep sets each channel's scale and "
-    "shift."""
+    """adaLN, DiT (arXiv 2212.09748) section 3.2: the timestep sets each channel's scale and
+    shift.
+    """
     return norm(x) * (1 + scale) + shift
 
 
@@ -225,9 +214,8 @@ class Block(nn.Module):
         """
         B, T, S, D = x.shape
         rows = (self.scale_shift_table + rows)[:, :, None, None]  # [B, 6, 1, 1, D]
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows.unbind(
-            1
-        )  # [B, 1, 1, D]; attention, MLP
+        # [B, 1, 1, D]; attention, MLP
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows.unbind(1)
 
         # 1. space: each frame looks at itself
         a = rearrange(modulate(x, shift_a, scale_a), "b t s d -> (b t) s d")  # [B*T, S, D]
@@ -261,8 +249,7 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t [B], 0 … 999 -> [B, D]. 256 channels of sinusoid, cos before sin here, then a small "
-    "MLP."""
+    """t [B], 0 to 999 -> [B, D]. 256 channels of sinusoid, cos before sin, then a small MLP."""
 
     def __init__(self, dim):
         super().__init__()
@@ -300,9 +287,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, t):
         # t [B, D] is the timestep's embedding
-        shift, scale = (self.scale_shift_table + t[:, None])[:, :, None, None].unbind(
-            1
-        )  # [B, 1, 1, D]
+        # [B, 1, 1, D]
+        shift, scale = (self.scale_shift_table + t[:, None])[:, :, None, None].unbind(1)
         return self.linear(modulate(x, shift, scale))
 
 
@@ -339,18 +325,16 @@ class STDiT(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(
-                    module.weight.flatten(1)
-                )  # a view: a Conv3d counts as its linear layer
+                # a view: a Conv3d counts as its linear layer
+                nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]):
             nn.init.normal_(linear.weight, std=0.02)
         for linear in (self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2):
             nn.init.normal_(linear.weight, std=0.02)
         for block in self.blocks:
-            nn.init.zeros_(
-                block.attn_temp.proj.weight
-            )  # at step 0 a film is T pictures (report, A5)
+            # at step 0 a film is T pictures (report, A5)
+            nn.init.zeros_(block.attn_temp.proj.weight)
             nn.init.zeros_(block.cross_attn.proj.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
@@ -383,8 +367,9 @@ class STDiT(nn.Module):
 
 
 def unpatchify(x, patch_size, h, w):
-    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; within a patch the channel comes "
-    "last."""
+    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; within a patch the channel comes
+    last.
+    """
     pt, ph, pw = patch_size
     return rearrange(
         x, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=h, w=w, pt=pt, ph=ph, pw=pw
@@ -401,8 +386,6 @@ def drop_captions(y, mask, drop, null):
     one.
     """
     pad = null.shape[0] - y.shape[1]
-    y, mask = (
-        F.pad(y, (0, 0, 0, pad)),
-        F.pad(mask.bool(), (0, pad)),
-    )  # [B, caption_length, E], [B, caption_length]
+    # [B, caption_length, E], [B, caption_length]
+    y, mask = F.pad(y, (0, 0, 0, pad)), F.pad(mask.bool(), (0, pad))
     return torch.where(drop[:, None, None], null.to(y.dtype), y), mask | drop[:, None]

@@ -541,10 +541,8 @@ def caption_accuracy(config, model, encoders, films, process, **options):
     """
     triples = [t for t in data.TRIPLES for _ in range(films[t in data.HELD_OUT])]
     prompts = [data.caption_of(t) for t in triples]
-    keys, mine = (
-        film_keys(config.seed, prompts),
-        slice(process.rank, None, process.world),
-    )  # films are shared among the ranks
+    # films are shared among the ranks
+    keys, mine = film_keys(config.seed, prompts), slice(process.rank, None, process.world)
     shape = (model.config.in_channels, config.frames, config.size // 8, config.size // 8)
     model.eval()
     videos = film(
@@ -634,9 +632,8 @@ def training_loss(config, parallel, model, batch, encoders, step, process):
     """
     device, positions = process.device, positions_of(step, config, process)
     generators = [keyed_generator(config.seed, "posterior", p) for p in positions]
-    x0, y, mask = to_device(
-        batch, encoders, generators, device
-    )  # [B, C, T, H, W], [B, L, E], [B, L]
+    # [B, C, T, H, W], [B, L, E], [B, L]
+    x0, y, mask = to_device(batch, encoders, generators, device)
     if on_images(config, step):  # x0 becomes [B, C, 1, H, W]
         frames = (draw_choice(config, "frame", positions) * x0.shape[2]).long().tolist()
         x0 = torch.stack([clip[:, f, None] for clip, f in zip(x0, frames)])
@@ -710,8 +707,9 @@ class Metrics:
 
 
 def encoder_names(config, source, encoders):
-    """What sample.py needs to know of the encoders that made the latents: names and "
-    "fingerprints."""
+    """What sample.py needs to know of the encoders that made the latents: names and
+    fingerprints.
+    """
     if isinstance(source, data.LatentCache):
         return {"vae": source.vae, "vae_fingerprint": source.settings["vae"],
                 "t5": source.t5, "t5_fingerprint": source.settings["t5"]}  # fmt: skip

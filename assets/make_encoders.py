@@ -40,12 +40,13 @@ def toy_frames(n, generator):
 def free_frames(n, generator):
     """n frames with a shape of any colour and size anywhere -> [n, 3, 64, 64] in [-1, 1]."""
     u = torch.rand(n, 6, generator=generator)
+    # [n, 1, 64, 64]
     cover = torch.stack(
         [
             data.coverage(data.SHAPES[i % 3], u[i : i + 1, :2] * 64, 5 + 10 * u[i, 2], 64)
             for i in range(n)
         ]
-    )  # [n, 1, 64, 64]
+    )
     paint, ground = u[:, 3:6, None, None], torch.tensor(data.GROUND).view(3, 1, 1) / 255
     return (ground + cover * (paint - ground)) * 2 - 1
 

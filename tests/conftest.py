@@ -1,5 +1,6 @@
-"""Shared by all tests: the path to the scripts, a tiny data set, and a comparison that says "
-"how far off it was."""
+"""Shared by all tests: the path to the scripts, a tiny data set, and a comparison that says
+how far off it was.
+"""
 
 import os
 import sys

@@ -281,12 +281,10 @@ def test_shapes_of_one_size_have_one_area_and_stay_in_view():
     assert max(areas) / min(areas) < 1.02  # anti-aliasing of the corners
     for i, triple in enumerate(data.TRIPLES):
         video = data.draw_clip(triple, data.keyed_generator("view", i))
-        strength = (
-            (video.float() - torch.tensor(data.GROUND).view(3, 1, 1)).norm(dim=1).sum((1, 2))
-        )  # [T]
-        assert (
-            strength.max() / strength.min() < 1.03
-        )  # nothing is cut off in any frame; anti-aliasing and rounding
+        # [T]
+        strength = (video.float() - torch.tensor(data.GROUND).view(3, 1, 1)).norm(dim=1).sum((1, 2))
+        # nothing is cut off in any frame; anti-aliasing and rounding
+        assert strength.max() / strength.min() < 1.03
 
 
 def test_detector_and_vae_on_fresh_films_after_mp4(toy, encoders):

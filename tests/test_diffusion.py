@@ -128,9 +128,8 @@ def ddim_error(steps):
 def test_ddim_without_noise_follows_the_exact_ode_of_a_gaussian():
     errors = [ddim_error(n) for n in (125, 250, 500, 1000)]
     assert errors[-1] < 5e-3, errors  # what is left is the first-order error of 1000 steps
-    assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:])), (
-        errors
-    )  # and it halves with the step
+    # and it halves with the step
+    assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:])), errors
 
 
 @pytest.mark.parametrize("sampler, steps", [("ddpm", 250), ("ddim", 250)])

@@ -1,5 +1,6 @@
-"""The training loop: the stream, exact resume, one process against two, faults, and the "
-"command lines."""
+"""The training loop: the stream, exact resume, one process against two, faults, and the
+command lines.
+"""
 
 import json
 import os
@@ -219,10 +220,8 @@ def test_two_processes_give_the_losses_of_one(config):
     assert len(a) == len(b) == 21 and all(x.keys() == y.keys() for x, y in zip(a, b))
     for x, y in zip(a, b):
         for name in {"loss", "mse", "vlb"} & x.keys():
-            assert abs(x[name] / y[name] - 1) < 1e-5, (
-                x,
-                y,
-            )  # fp32: sums in another order, over 20 steps
+            # fp32: sums in another order, over 20 steps
+            assert abs(x[name] / y[name] - 1) < 1e-5, (x, y)
         assert all(
             abs(p / q - 1) < 1e-5 for p, q in zip(x.get("held_out", []), y.get("held_out", []))
         )

@@ -13,6 +13,5 @@ def test_the_tutorials_blocks_run_in_order(monkeypatch):
     session = {}
     for block in blocks:
         line = text[: text.index(block)].count("\n")
-        exec(
-            compile("\n" * line + block, "tutorial.md", "exec"), session
-        )  # errors show the tutorial's line
+        # errors show the tutorial's line
+        exec(compile("\n" * line + block, "tutorial.md", "exec"), session)
