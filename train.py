@@ -800,8 +800,9 @@ def train(config, resume):
 
     with averaged(model, ema):
         finish(config, model, held_source, held_rows, encoders, metrics, process)
+    films = ", films.gif, films.png" if config.films else ""
     process.say(f"{config.steps} steps in {time.time() - start:.0f} s, in {config.out}: "
-                "checkpoints, metrics.jsonl, loss.png, films.gif, films.png")  # fmt: skip
+                f"checkpoints, metrics.jsonl, loss.png{films}")  # fmt: skip
     if process.world > 1:
         dist.destroy_process_group()
 
