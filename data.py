@@ -429,10 +429,8 @@ class VAE:
         self.dtype = dtype or (
             torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         )
-        options = {
-            "torch_dtype": self.dtype,
-            "low_cpu_mem_usage": False,
-        }  # True would want a further package
+        # low_cpu_mem_usage=True, the default, would want a further package
+        options = {"torch_dtype": self.dtype, "low_cpu_mem_usage": False}
         self.model = load_frozen(AutoencoderKL.from_pretrained, source, "vae", **options).to(device)
         self.source, self.device, self.micro_batch = portable(source), device, micro_batch
         # brings latents to unit variance: 0.18215 for Stability's

@@ -215,9 +215,8 @@ def guided(model, x, t, y, mask, guidance):
     y [2B, L, E], mask [2B, L]: B captions, then B nulls."""
     with autocast(x.device):
         out = model(torch.cat([x, x]), t.expand(2 * len(x)).to(x.device), y, mask).to(x.dtype)
-    (eps, v), (eps_null, _) = (
-        half.chunk(2, dim=1) for half in out.chunk(2)
-    )  # v comes from the captioned half
+    out, out_null = out.chunk(2)  # 2 x [B, 2C, T, H, W]
+    (eps, v), (eps_null, _) = out.chunk(2, dim=1), out_null.chunk(2, dim=1)
     return eps_null + guidance * (eps - eps_null), v
 
 

@@ -563,10 +563,8 @@ def caption_accuracy(config, model, encoders, films, process, **options):
 def interval(k, n):
     """95% interval of a share of k in n (Wilson 1927)."""
     z = 1.96
-    centre, half = (
-        (k + z * z / 2) / (n + z * z),
-        z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z),
-    )
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
     return centre - half, centre + half
 
 

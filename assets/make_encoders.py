@@ -5,8 +5,8 @@
 
 They are the classes that the released systems use (diffusers' AutoencoderKL with factor 8 and 4
 latent channels; transformers' T5EncoderModel with a SentencePiece tokenizer), only small, so the
-toy goes through the same code as stabilityai/sd-vae-ft-mse and DeepFloyd/t5-v1_1-xxl do, and downloads
-nothing.
+toy goes through the same code as stabilityai/sd-vae-ft-mse and DeepFloyd/t5-v1_1-xxl do, and
+downloads nothing.
 """
 
 import argparse

@@ -94,7 +94,8 @@ def test_short_missing_and_broken_clips_are_named_and_left_out(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "is not there"), ("", "no column path and no column text"), ("path,caption\na.mp4,b\n", "no column text"),
+    (None, "is not there"), ("", "no column path and no column text"),
+    ("path,caption\na.mp4,b\n", "no column text"),
     ("path,text\n", "lists no clip"),
 ])  # fmt: skip
 def test_bad_tables_get_one_clear_line(tmp_path, content, message):
@@ -149,7 +150,8 @@ def test_t5_wrapper_is_t5_and_padding_takes_no_part(encoders, capsys):
 
 
 @pytest.mark.parametrize("source, message", [
-    ("no/such/folder", "is not there"), ("nobody/nothing", "nobody/nothing"), ("tests", "holds no vae"),
+    ("no/such/folder", "is not there"), ("nobody/nothing", "nobody/nothing"),
+    ("tests", "holds no vae"),
 ])  # fmt: skip
 def test_an_encoder_that_is_not_there_gets_one_clear_line(source, message):
     with pytest.raises(data.BadInput, match=message) as error:

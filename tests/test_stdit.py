@@ -19,7 +19,8 @@ def inputs(T=3, H=4, W=6, B=2, L=10, seed=1):
 
 
 @pytest.mark.parametrize("T, H, W, patch", [
-    (1, 4, 4, (1, 2, 2)), (3, 4, 6, (1, 2, 2)), (5, 3, 7, (1, 1, 1)), (4, 8, 2, (2, 2, 2)), (2, 4, 4, (1, 4, 1)),
+    (1, 4, 4, (1, 2, 2)), (3, 4, 6, (1, 2, 2)), (5, 3, 7, (1, 1, 1)),
+    (4, 8, 2, (2, 2, 2)), (2, 4, 4, (1, 4, 1)),
 ])  # fmt: skip
 def test_output_has_the_shape_of_the_input_and_twice_its_channels(T, H, W, patch):
     model = randomize(STDiT(replace(TINY, patch_size=patch)))

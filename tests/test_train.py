@@ -68,6 +68,12 @@ def metrics_of(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
+def options_of(config):
+    """The command line that gives a configuration."""
+    fields = vars(config).items()
+    return [f"--{name}={value}" for name, value in fields if value != getattr(TrainConfig(), name)]
+
+
 # --- the stream
 
 
@@ -136,8 +142,8 @@ def test_a_network_overfits_four_clips(toy, encoders, tmp_path, monkeypatch):
     data.write_cache(tmp_path / "four.csv", cache, *encoders, 8, 1, 64)
     config = TrainConfig(
         data=str(cache), held_out=str(cache), out=str(tmp_path / "run"), steps=900, image_share=0.0,
-        batch_size=4, warmup=20, eval_every=900, save_every=900, lr=3e-3, films=0, t_std=0.01, min_snr=0.0,
-        drop_caption=0.0,
+        batch_size=4, warmup=20, eval_every=900, save_every=900, lr=3e-3, films=0, t_std=0.01,
+        min_snr=0.0, drop_caption=0.0,
     )  # fmt: skip
     train.train(config, resume=False)
     found = [m["mse"] for m in metrics_of(config.out) if "mse" in m][-1]
@@ -175,11 +181,7 @@ def test_resume_is_exact(config, monkeypatch, image_share):
 def test_resume_after_sigkill_is_exact(config):
     config = replace(config, steps=80, save_every=2, eval_every=100)
     killed = replace(config, out=config.out + "-killed")
-    options = [
-        f"--{name}={value}"
-        for name, value in vars(killed).items()
-        if value != getattr(TrainConfig(), name)
-    ]
+    options = options_of(killed)
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *options],
         stdout=subprocess.DEVNULL,
@@ -198,11 +200,7 @@ def test_resume_after_sigkill_is_exact(config):
 def test_two_processes_give_the_losses_of_one(config):
     config = replace(config, steps=20, save_every=20, eval_every=20)
     two = replace(config, out=config.out + "2")
-    options = [
-        f"--{name}={value}"
-        for name, value in vars(two).items()
-        if value != getattr(TrainConfig(), name)
-    ]
+    options = options_of(two)
     command = [
         sys.executable,
         "-m",
@@ -228,7 +226,7 @@ def test_two_processes_give_the_losses_of_one(config):
 
 
 def test_training_from_clips_with_a_data_worker(config, toy, capsys):
-    """Encoders in the loop, a clip that can't be decoded after all, a spawned worker: it goes on."""
+    """Encoders in the loop, a clip that can't be decoded, a spawned worker: it goes on."""
     broken = bytearray((toy / "train/00001.mp4").read_bytes())
     start = broken.index(b"mdat") + 4
     broken[start : start + 400] = bytes(400)  # the packets are listed as before, but hold nothing
@@ -246,7 +244,7 @@ def test_training_from_clips_with_a_data_worker(config, toy, capsys):
 
 
 def test_caption_accuracy_counts_what_the_detector_sees(config, encoders, monkeypatch):
-    """With films drawn instead of sampled, every film is right; with reversed ones, all but the direction."""
+    """Films drawn instead of sampled are all right; reversed, all but their direction is."""
     made = train.Encoders({"vae": "assets/vae", "t5": "assets/t5"}, 16, "cpu")
     model = train.STDiT(train.MODELS["toy"])
 
@@ -309,7 +307,8 @@ def test_options_override_the_preset_and_a_resumed_run_its_own(monkeypatch, conf
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(frames=4), "frames: 8 there, 4 here"), (dict(model="STDiT-XL/2"), "caption_length: 16 there, 120 here"),
+    (dict(frames=4), "frames: 8 there, 4 here"),
+    (dict(model="STDiT-XL/2"), "caption_length: 16 there, 120 here"),
     (dict(data="nowhere"), "nowhere is not there"),
 ])  # fmt: skip
 def test_data_that_does_not_fit_the_run_is_refused(config, change, message):
@@ -358,8 +357,8 @@ def test_sample_writes_films_that_hang_on_seed_and_prompt_alone(run, tmp_path, m
         "00_a-blue-square-moving-up.gif",
         "sheet.png",
     }
-    assert set(two) == {"sheet.png"} | {f"0{i}_{p}.{e}" for e in ("mp4", "gif") for i, p in enumerate(
-        ("a-blue-square-moving-up", "a-red-circle-moving-left"))}  # fmt: skip
+    names = "00_a-blue-square-moving-up", "01_a-red-circle-moving-left"
+    assert set(two) == {"sheet.png"} | {f"{n}.{e}" for n in names for e in ("mp4", "gif")}
     assert (
         one == again and films("seed", "--prompt", "a blue square moving up", "--seed", "1") != one
     )
@@ -374,8 +373,10 @@ def test_sample_writes_films_that_hang_on_seed_and_prompt_alone(run, tmp_path, m
 
 @pytest.mark.parametrize("options, message", [
     (["--run", "nowhere", "--prompt", "a"], "nowhere holds no run"), ([], "nothing to film"),
-    (["--prompts", "nowhere.txt"], "nowhere.txt is not there"), (["--prompt", "a", "--size", "40"], "size=40"),
-    (["--prompt", "a", "--steps", "1"], "steps=1"), (["--prompt", "a", "--vae", "assets/t5"], "the vae of assets/t5"),
+    (["--prompts", "nowhere.txt"], "nowhere.txt is not there"),
+    (["--prompt", "a", "--size", "40"], "size=40"),
+    (["--prompt", "a", "--steps", "1"], "steps=1"),
+    (["--prompt", "a", "--vae", "assets/t5"], "the vae of assets/t5"),
 ])  # fmt: skip
 def test_bad_input_to_sample_gets_one_clear_line(run, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(
