@@ -39,13 +39,13 @@ class BadInput(Exception):
     """Something the user can mend. Says what was found where, what was expected, and what to do."""
 
 
-def command(main):
-    """Run a script's main(): bad input ends in one line on stderr and exit code 2, without a
-    traceback.
+def command(main, *more):
+    """Run a script's main(): BadInput, and more exceptions that are given, end in one line on
+    stderr and exit code 2, without a traceback.
     """
     try:
         main()
-    except BadInput as error:
+    except (BadInput, *more) as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         # from a data worker it comes with a traceback
         message = str(error).splitlines()[-1].removeprefix("data.BadInput: ")
@@ -506,25 +506,25 @@ class T5:
 
     @torch.no_grad()
     def encode(self, captions):
-        """list of B strings -> y [B, length, E] fp32 and mask [B, length], true where a token is
-        real.
-
-        A caption of more than `length` tokens is cut, with a warning.
+        """B strings -> y [B, length, E] fp32, zero where there is no token, and mask [B, length],
+        true where there is one. A caption of more than `length` tokens is cut, with a warning.
         """
-        tokens = self.tokenizer(captions)["input_ids"]
-        for caption, ids in zip(captions, tokens):
+        for caption, ids in zip(captions, self.tokenizer(captions)["input_ids"]):
             if len(ids) > self.length:
                 warn(f"caption of {len(ids)} tokens is cut to {self.length}: {caption[:60]!r}...")
-        batch = self.tokenizer(
-            captions,
-            max_length=self.length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
-        y = self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        mask = batch["attention_mask"].bool()
-        return y.float() * mask[..., None], mask  # [B, L, E], [B, L]
+        batch = self.tokenizer(captions, max_length=self.length, padding="max_length",
+                               truncation=True, return_tensors="pt").to(self.device)  # fmt: skip
+        ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, L] each
+        y = [self.model(*part).last_hidden_state for part in zip(ids.split(32), mask.split(32))]
+        return torch.cat(y).float() * mask[..., None], mask.bool()  # [B, L, E], [B, L]
+
+    def null_caption(self):
+        """[length, E], what stands for "no caption" with weights that bring none: T5 of the empty
+        string. That is one token, its end; it is repeated, for attention to equal keys is attention
+        to one, so that the null caption can always be used whole.
+        """
+        y, mask = self.encode([""])
+        return y[0, mask[0]].repeat(self.length, 1)[: self.length]
 
 
 def encode_batch(batch, vae, t5, generators):

@@ -1,8 +1,9 @@
 """The diffusion process: noise schedule, training loss, samplers, and the command that films.
 
-    python sample.py --run out/toy --prompt "a red circle moving left" --steps 50 --guidance 4
+    python sample.py --run out/toy --prompt "a red circle moving left" --guidance 2.5
 
-writes, for each prompt, an MP4 and a GIF, and one contact sheet of all. The process is IDDPM's
+writes, for each prompt, an MP4 and a GIF, and one contact sheet of all; with --weights, from
+released weights or any that stdit.load_weights reads. The process is IDDPM's
 (Nichol and Dhariwal 2021, arXiv 2102.09672): 1000 small steps of noise forward; back, the network
 predicts the noise and, in the second half of its channels, the variance of the step.
 
@@ -14,29 +15,29 @@ Shapes, in this file:
 
 import argparse
 import contextlib
-import hashlib
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import (
     T5, VAE, BadInput, command, keyed_generator, pick_device, read_json, write_video, write_whole,
 )  # fmt: skip
-from stdit import STDiT, STDiTConfig, drop_captions
+from stdit import (
+    MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, load_weights,
+    newest_checkpoint,
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------
 # The schedule
 #
 # Noise is added in N = 1000 steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise, with beta
-# from 1e-4 to 2e-2. Any number of steps at once is again one such step (DDPM, arXiv 2006.11239, eq.
-# 4):
+# from 1e-4 to 2e-2. Any number of steps at once is again one such step (DDPM, arXiv 2006.11239,
+# eq. 4):
 #     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise,    abar_t = product of (1 - beta) up to t,
 # so sampling may skip: a shorter schedule through the same abar is a schedule of its own (IDDPM,
 # section 4).
@@ -50,16 +51,19 @@ class Schedule:
     abar: torch.Tensor  # [N]  share of the signal's variance that is left after the step
     abar_prev: torch.Tensor  # [N]  the same one step nearer to x_0; 1 at index 0
     beta: torch.Tensor  # [N]  variance added in this step; also the upper bound of the step back
-    # [N]  log of beta-tilde, the variance of q(x_{t-1} | x_t, x_0): the lower bound
-    log_posterior: torch.Tensor
+    log_posterior: torch.Tensor  # [N]  log beta-tilde, of q(x_{t-1} | x_t, x_0): the lower bound
 
 
 def make_schedule(steps=1000):
     """The training schedule, or one of `steps` of its timesteps, evenly spread from 0 to 999."""
     if not 2 <= steps <= 1000:
         raise BadInput(f"steps={steps}: expected 2 to 1000")
+    return respaced(torch.linspace(0, 999, steps, dtype=torch.float64).round().long())
+
+
+def respaced(timesteps):
+    """The schedule that goes through these timesteps, int64 [N], rising, of the training's 1000."""
     abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), dim=0)
-    timesteps = torch.linspace(0, 999, steps, dtype=torch.float64).round().long()
     abar = abar[timesteps]
     abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
     beta = 1 - abar / abar_prev
@@ -83,9 +87,7 @@ def at(table, t, like):
 
 
 def q_sample(schedule, x0, t, noise):
-    """Jump from x_0 to x_t (DDPM, eq. 4). x0, noise [B, C, T, H, W], t [B] indices -> [B, C, T, H,
-    W].
-    """
+    """Jump from x_0 to x_t (DDPM, eq. 4). x0, noise [B, C, T, H, W], t [B] indices -> x_t."""
     return at(schedule.abar.sqrt(), t, x0) * x0 + at((1 - schedule.abar).sqrt(), t, x0) * noise
 
 
@@ -119,8 +121,7 @@ def log_variance(schedule, v, t):
 
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
-    """Two losses per sample, [B] each: {"mse": of the noise, "vlb": in bits per latent value}.
-    Train on their sum.
+    """{"mse": of the noise, "vlb": in bits per latent value}, [B] each. Train on their sum.
 
     out [B, 2C, T, H, W]: the network's answer to x_t = q_sample(schedule, x0, t, noise).
     """
@@ -139,11 +140,9 @@ def diffusion_loss(schedule, out, x0, x_t, t, noise):
 
 
 def discretized_log_likelihood(x, mean, log_std):
-    """log of a Gaussian's mass in the bin of width 2/255 around x; outermost bins reach to infinity
-    (DDPM, eq. 13).
-
-    For pixels in [-1, 1]. Latents are no pixels, so this last of 1000 terms means little; kept as
-    v1 has it.
+    """log of a Gaussian's mass in the bin of width 2/255 around x; the outermost bins reach to
+    infinity (DDPM, eq. 13). Made for pixels in [-1, 1]: for latents, this last of 1000 terms means
+    little. Kept as v1 has it.
     """
     upper = normal_cdf((x - mean + 1 / 255) * (-log_std).exp())
     lower = normal_cdf((x - mean - 1 / 255) * (-log_std).exp())
@@ -160,21 +159,23 @@ def normal_cdf(x):
 #
 # From x_t and the predicted noise to x_{t-1}. Ancestral sampling (DDPM) draws from the model's
 # Gaussian. DDIM follows the ODE that has the same marginals: no noise, so fewer steps do, and films
-# of the same noise agree between step counts. i is an index into the schedule; x̂0 is not clipped:
-# latents have no bounds.
+# of the same noise agree between step counts. DPM-Solver++ follows it with second order: it guesses
+# from the last two predictions of x_0 where x_0 will be in the middle of the step.
+#
+# All take the same: x, eps, v and noise [B, C, T, H, W]; i, an index into the schedule; x0_before,
+# the x_0 predicted in the step before, None in the first. -> x one step nearer to x_0. No
+# prediction of x_0 is clipped: latents have no bounds.
 
 
-def ddpm_step(schedule, x, i, eps, v, noise):
-    """Ancestral step with learned variance. x, eps, v, noise [B, C, T, H, W], i int -> x one step
-    nearer to x_0.
-    """
+def ddpm_step(schedule, x, i, eps, v, noise, x0_before=None):
+    """Ancestral step with learned variance (DDPM, algorithm 2; IDDPM, eq. 15)."""
     t = torch.full((len(x),), i)
     mean = posterior_mean(schedule, predict_x0(schedule, x, t, eps), x, t)
     return mean + (i > 0) * (0.5 * log_variance(schedule, v, t)).exp() * noise
 
 
-def ddim_step(schedule, x, i, eps, v, noise, eta=0.0):
-    """DDIM (arXiv 2010.02502, eq. 12). eta 0: deterministic; 1: as noisy as DDPM. v is not used."""
+def ddim_step(schedule, x, i, eps, v, noise, x0_before=None, eta=0.0):
+    """DDIM (arXiv 2010.02502, eq. 12). eta 0: deterministic; 1: as noisy as DDPM."""
     t = torch.full((len(x),), i)
     abar, abar_prev = schedule.abar, schedule.abar_prev
     variance = eta**2 * (1 - abar_prev) / (1 - abar) * schedule.beta  # sigma squared
@@ -186,7 +187,37 @@ def ddim_step(schedule, x, i, eps, v, noise, eta=0.0):
     )
 
 
-SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
+def dpm_step(schedule, x, i, eps, v, noise, x0_before=None):
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). With x_0 as it is, this is DDIM's step.
+
+    Time is log(alpha / sigma), half the log SNR; it is infinite at x_0 itself, so the last step is
+    of first order, like the first.
+    """
+    t = torch.full((len(x),), i)
+    x0 = predict_x0(schedule, x, t, eps)
+    if x0_before is not None and i > 0:
+        time = 0.5 * torch.log(schedule.abar / (1 - schedule.abar))  # [N]
+        this, last = time[i - 1] - time[i], time[i] - time[i + 1]  # lengths of two steps
+        x0 = x0 + 0.5 * (this / last).item() * (x0 - x0_before)
+    shrink = ((1 - schedule.abar_prev) / (1 - schedule.abar)).sqrt()  # of sigma
+    weight = schedule.abar_prev.sqrt() - shrink * schedule.abar.sqrt()
+    return at(shrink, t, x) * x + at(weight, t, x) * x0
+
+
+def dpm_schedule(steps):
+    """`steps` timesteps evenly spread from 0 to 999, without the 0: from there to x_0 there is next
+    to no noise left, but, by this sampler's clock, an infinite way.
+    """
+    if not 2 <= steps <= 999:
+        raise BadInput(f"steps={steps}: expected 2 to 999 with the sampler dpm")
+    return respaced(make_schedule(steps + 1).timesteps[1:])
+
+
+SAMPLERS = {  # name: (its schedule, its step)
+    "ddpm": (make_schedule, ddpm_step),
+    "ddim": (make_schedule, ddim_step),
+    "dpm": (dpm_schedule, dpm_step),
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,16 +229,13 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
 #     eps = eps_null + g (eps_caption - eps_null),    g = 1: as predicted; more: closer to it.
 # v1 did so for 3 of the 4 latent channels only, a leftover of RGB; here all are guided.
 
+GUIDED = slice(None)  # slice(3): v1's three, to compare with films that its code made
+
 
 def autocast(device):
-    """bf16 autocast on CUDA: weights stay fp32, matrix products run in bf16. On CPU and MPS:
-    nothing, fp32.
-    """
-    return (
-        torch.autocast("cuda", torch.bfloat16)
-        if torch.device(device).type == "cuda"
-        else contextlib.nullcontext()
-    )
+    """On CUDA bf16 autocast: fp32 weights, matrix products in bf16. On CPU and MPS nothing."""
+    on_cuda = torch.device(device).type == "cuda"
+    return torch.autocast("cuda", torch.bfloat16) if on_cuda else contextlib.nullcontext()
 
 
 def guided(model, x, t, y, mask, guidance):
@@ -217,34 +245,36 @@ def guided(model, x, t, y, mask, guidance):
         out = model(torch.cat([x, x]), t.expand(2 * len(x)).to(x.device), y, mask).to(x.dtype)
     out, out_null = out.chunk(2)  # 2 x [B, 2C, T, H, W]
     (eps, v), (eps_null, _) = out.chunk(2, dim=1), out_null.chunk(2, dim=1)
-    return eps_null + guidance * (eps - eps_null), v
+    far, near = eps[:, GUIDED], eps_null[:, GUIDED]
+    eps[:, GUIDED] = near + guidance * (far - near)
+    return eps, v
 
 
 @torch.no_grad()
 def sample(model, y, mask, shape, keys, steps, guidance, sampler="ddpm", bar=False):
-    """Film B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W) of one film's latents -> [B, C,
-    T, H, W].
+    """Film B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W) of one film's latents
+    -> [B, C, T, H, W].
 
     keys: a tuple per film: all noise of a film is drawn by a generator keyed on it, so the film is
     the same, within rounding, whatever else is in the batch. v1's configs have steps 100 and
     guidance 7.
     """
-    schedule, step = make_schedule(steps), SAMPLERS[sampler]
+    make, step = SAMPLERS[sampler]
+    schedule = make(steps)
     generators = [keyed_generator(*key) for key in keys]
 
     def noise():  # [B, C, T, H, W]
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y)
 
+    null = model.y_embedder.y_embedding
     drop = torch.arange(2 * len(y), device=y.device) >= len(y)  # [2B]  B captions, then B nulls
-    y, mask = drop_captions(
-        y.repeat(2, 1, 1), mask.repeat(2, 1), drop, model.y_embedder.y_embedding
-    )
-    x = noise()
-    for i in tqdm(
-        reversed(range(steps)), total=steps, disable=None if bar else True, desc="sampling"
-    ):
+    y, mask = drop_captions(y.repeat(2, 1, 1), mask.repeat(2, 1), drop, null)
+    x, x0_before = noise(), None
+    hidden = None if bar else True  # None: a bar on a terminal
+    for i in tqdm(range(steps)[::-1], disable=hidden, desc="sampling"):
         eps, v = guided(model, x, schedule.timesteps[i], y, mask, guidance)
-        x = step(schedule, x, i, eps, v, noise())
+        x0 = predict_x0(schedule, x, torch.full((len(x),), i), eps)
+        x, x0_before = step(schedule, x, i, eps, v, noise(), x0_before), x0
     return x
 
 
@@ -258,9 +288,7 @@ def to_uint8(video):
 
 
 def enlarge(video):
-    """Repeat the pixels of a small film until it is about 256 high: for looking at. uint8 [T, 3, H,
-    W].
-    """
+    """Repeat the pixels of a small film, uint8 [T, 3, H, W], until it is about 256 high."""
     k = max(1, round(256 / video.shape[-2]))
     return video.repeat_interleave(k, -1).repeat_interleave(k, -2)
 
@@ -277,9 +305,7 @@ def write_gif(path, video, fps):
 
 
 def write_sheet(path, videos, captions):
-    """A PNG with a row per film, uint8 [T, 3, H, W], time to the right (at most 8 frames of it),
-    its caption above.
-    """
+    """A PNG with a row per film, uint8 [T, 3, H, W]: its caption, and below it at most 8 frames."""
     from PIL import Image, ImageDraw, ImageFont
 
     T = videos[0].shape[0]
@@ -309,37 +335,9 @@ def write_sheet(path, videos, captions):
 # written whole.
 
 
-def newest_checkpoint(run):
-    """The folder of a run's newest checkpoint, or None."""
-    found = sorted(Path(run).glob("checkpoints/step_*"))
-    return found[-1] if found else None
-
-
-def read_checkpoint(folder, *names):
-    """(state, tensors of each named file) of a checkpoint, each file checked against its hash
-    first.
-    """
-    advice = f"delete {folder} to go on from the checkpoint before it"
-    state = read_json(folder / "state.json", advice)
-    tensors = []
-    for name in names:
-        path = folder / f"{name}.safetensors"
-        try:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != state["sha256"][name]:
-                raise BadInput(
-                    f"{path} is damaged (its sha256 is not the one in state.json); {advice}"
-                )
-            tensors.append(load_file(path))
-        except (OSError, SafetensorError, KeyError) as error:
-            raise BadInput(f"{path} can't be read ({error}); {advice}") from None
-    return state, *tensors
-
-
-def load_run(run, weights="ema"):
-    """(model in eval mode, state) of a run's newest checkpoint; state holds the run's
-    configuration.
+def load_run(run):
+    """(model in eval mode with the averaged weights, state) of a run's newest checkpoint; state
+    holds the run's configuration. BadInput, BadWeights.
     """
     folder = newest_checkpoint(run)
     if folder is None:
@@ -347,15 +345,10 @@ def load_run(run, weights="ema"):
             f"{run} holds no run: no checkpoints/step_* in it; train one with: python train.py "
             f"--out {run}"
         )
-    state, tensors = read_checkpoint(folder, weights)
+    state = read_json(folder / "state.json", f"delete {folder} to use the checkpoint before it")
     model = STDiT(config_from(state["model"]))
-    model.load_state_dict(tensors)  # strict: every tensor is there, and no other
+    load_weights(model, folder)
     return model.eval(), state
-
-
-def config_from(fields):
-    """STDiTConfig from its JSON, where tuples have become lists."""
-    return STDiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,45 +375,48 @@ def film_keys(seed, prompts):
     return [(seed, "film", prompt, prompts[:i].count(prompt)) for i, prompt in enumerate(prompts)]
 
 
-def film(model, vae, t5, prompts, keys, shape, batch=8, **options):
-    """Film prompts: a list of uint8 [T, 3, H, W]. keys as in sample(), shape (C, T, H, W) of the
-    latents.
+def film(model, vae, y, mask, keys, shape, batch=8, **options):
+    """Film captions y [N, L, E], mask [N, L]: a list of N uint8 [T, 3, H, W].
+
+    keys, options: as in sample(). shape: (C, T, H, W) of the latents. batch: films at a time.
     """
     films, device = [], next(model.parameters()).device
-    for i in range(0, len(prompts), batch):
-        y, mask = t5.encode(prompts[i : i + batch])
-        latents = sample(
-            model, y.to(device), mask.to(device), shape, keys[i : i + batch], **options
-        )
+    for i in range(0, len(keys), batch):
+        y_part, mask_part = (v[i : i + batch].to(device) for v in (y, mask))
+        latents = sample(model, y_part, mask_part, shape, keys[i : i + batch], **options)
         films += list(to_uint8(vae.decode(latents).transpose(1, 2)))  # [T, 3, H, W] each
     return films
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", required=True, help="run folder that train.py wrote")
-    parser.add_argument(
-        "--prompt", action="append", default=[], help="what to film; may be given several times"
+def parse_command_line():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", help="text file with a prompt a line")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps, 2 to 1000; v1: 100")
-    parser.add_argument("--guidance", type=float, default=4.0, help="1: none; v1's configs have 7")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default="ddpm")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="samples", help="folder to write")
-    parser.add_argument(
-        "--weights", choices=["ema", "model"], default="ema", help="moving average, or raw"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=8, help="films at a time; more need more memory"
-    )
-    parser.add_argument("--frames", type=int, help="default: as trained")
-    parser.add_argument("--size", type=int, help="pixels; default: as trained")
-    parser.add_argument("--vae", help="default: the run's")
-    parser.add_argument("--t5", help="default: the run's")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--run", help="run folder of train.py: its averaged weights, model, encoders, defaults")
+    add("--weights", help="or any weights: file, folder, Hub name, Hub name/file")
+    add("--model", default="STDiT-XL/2", help=f"what --weights are: {', '.join(MODELS)}")
+    add("--variant", choices=VARIANTS, default="sequential", help="likewise")
+    add("--vae", help="folder or Hub name; default: the run's")
+    add("--t5", help="folder or Hub name; default: the run's")
+    add("--prompt", action="append", default=[], help="what to film; may be given several times")
+    add("--prompts", help="text file with a prompt a line")
+    add("--frames", type=int, help="default: as trained; 16 with --weights")
+    add("--size", type=int, help="pixels; default: as trained; 256 with --weights")
+    add("--fps", type=int, help="frames per second of the files; default: as trained; 8")
+    add("--space-scale", type=float, help="default: as trained; size / 512, PixArt's own size")
+    add("--time-scale", type=float, help="default: as trained; 1")
+    add("--steps", type=int, default=50, help="denoising steps, 2 to 1000; v1: 100")
+    add("--guidance", type=float, default=4.0, help="1: none; v1's configs have 7")
+    add("--sampler", choices=list(SAMPLERS), default="ddpm")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=8, help="films at a time; more need more memory")
+    add("--out", default="samples", help="folder to write")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    return parser.parse_args()
 
+
+def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts:
         if not Path(args.prompts).is_file():
@@ -430,38 +426,71 @@ def main():
         lines = Path(args.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise BadInput(
-            'nothing to film: give --prompt "a red circle moving left" or --prompts file.txt'
-        )
-    for name in ("batch", "frames", "size"):
+        raise BadInput('nothing to film: give --prompt "a red circle moving left", or --prompts')
+    return prompts
+
+
+def main():
+    args, start = parse_command_line(), time.time()
+    prompts = read_prompts(args)
+    for name in ("batch", "frames", "size", "fps"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise BadInput(f"{name}={value}: expected 1 or more")
-    make_schedule(args.steps)  # complain before loading anything
-    device, start = pick_device(args.device), time.time()
-    model, state = load_run(args.run, args.weights)
-    config, encoders = state["config"], state["encoders"]
-    vae, t5 = (
-        VAE(args.vae or encoders["vae"], device),
-        T5(args.t5 or encoders["t5"], model.config.caption_length, device),
-    )
-    check_encoder(vae, encoders, "vae")
-    check_encoder(t5, encoders, "t5")
-    frames, size = args.frames or config["frames"], args.size or config["size"]
-    pt, ph, pw = model.config.patch_size
-    if frames % pt or size % (vae.factor * math.lcm(ph, pw)):
+    if args.model not in MODELS:
+        raise BadInput(f"model={args.model!r} is unknown; expected one of {', '.join(MODELS)}")
+    SAMPLERS[args.sampler][0](args.steps)  # complain before anything is loaded
+    device = pick_device(args.device)
+
+    # What is filmed with: a run knows its model, encoders and sizes; weights alone do not.
+    run = args.run or (args.weights if args.weights and newest_checkpoint(args.weights) else None)
+    if run:
+        model, state = load_run(run)
+        settings = state["config"] | state["encoders"]
+    elif args.weights:
+        model = STDiT(replace(MODELS[args.model], variant=args.variant)).eval()
+        settings = {"frames": 16, "size": 256, "fps": 8}
+    else:
+        raise BadInput("nothing to film with: give --run out/toy, or --weights")
+    given = {k: getattr(args, k) for k in ("frames", "size", "fps", "vae", "t5")}
+    settings |= {k: v for k, v in given.items() if v is not None}
+    frames, size = settings["frames"], settings["size"]
+    for what in ("vae", "t5"):
+        if what not in settings:
+            raise BadInput(f"weights alone bring no {what}: give --{what}, a folder or a Hub name")
+    c, scales = model.config, {} if run else {"space_scale": size / 512, "time_scale": 1.0}
+    scales |= {k: getattr(args, k) for k in ("space_scale", "time_scale") if getattr(args, k)}
+    model.config = replace(c, **scales)
+
+    vae = VAE(settings["vae"], device)
+    t5 = T5(settings["t5"], c.caption_length, device)
+    unit = vae.factor * math.lcm(*c.patch_size[1:])
+    if frames % c.patch_size[0] or size % unit:
+        raise BadInput(f"frames={frames} must divide by {c.patch_size[0]}, size={size} by {unit}")
+    if run:
+        check_encoder(vae, settings, "vae"), check_encoder(t5, settings, "t5")
+    if t5.channels != c.caption_channels or vae.channels != c.in_channels:
         raise BadInput(
-            f"frames={frames} must divide by {pt} and size={size} by "
-            f"{vae.factor * math.lcm(ph, pw)}"
+            f"the model takes captions of {c.caption_channels} channels and latents of "
+            f"{c.in_channels}; --t5 gives {t5.channels}, --vae {vae.channels}: give fitting ones"
         )
-    shape = (model.config.in_channels, frames, size // vae.factor, size // vae.factor)
-    keys = film_keys(args.seed, prompts)
-    films = film(model.to(device), vae, t5, prompts, keys, shape, args.batch, bar=True,
-                 steps=args.steps, guidance=args.guidance, sampler=args.sampler)  # fmt: skip
+    if args.weights and args.weights != run:
+        load_weights(model, args.weights, t5.null_caption)
+    y, mask = t5.encode(prompts)
+    del t5  # 9.5 GB of T5-XXL in bf16 are not needed any more
+    print(
+        f"{args.weights or run}: {c.variant}, space_scale={model.config.space_scale}, "
+        f"time_scale={model.config.time_scale} (stored: {c.space_scale}, {c.time_scale})"
+    )
+
+    shape = (c.in_channels, frames, size // vae.factor, size // vae.factor)
+    keys, options = film_keys(args.seed, prompts), {"steps": args.steps, "bar": True}
+    options |= {"guidance": args.guidance, "sampler": args.sampler}
+    films = film(model.to(device), vae, y, mask, keys, shape, args.batch, **options)
     out = Path(args.out)
     for i, (prompt, video) in enumerate(zip(prompts, films)):
         name = f"{i:02d}_{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}"
-        write_video(out / f"{name}.mp4", video, config["fps"])
-        write_gif(out / f"{name}.gif", video, config["fps"])
+        write_video(out / f"{name}.mp4", video, settings["fps"])
+        write_gif(out / f"{name}.gif", video, settings["fps"])
         print(f"{out / name}.mp4 and .gif")
     write_sheet(out / "sheet.png", films, prompts)
     print(
@@ -472,4 +501,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, BadWeights)

@@ -3,7 +3,8 @@
 It is given a noisy film (as latents of an image VAE), a diffusion timestep and a caption (as T5
 tokens), and predicts the noise in the film and, in a second half of its channels, how uncertain
 each step back is. What is done with that prediction stands in sample.py. Names of modules are those
-of the released weights. "Report" is Open-Sora v1's technical report.
+of the released weights, which load_weights at the end of the file reads. "Report" is Open-Sora v1's
+technical report.
 
 Shapes, in this file:
     B batch    C latent channels (4)    H, W latent height and width
@@ -12,14 +13,23 @@ Shapes, in this file:
     L caption tokens    E caption channels    N length of any sequence of tokens
 """
 
+import hashlib
+import json
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+import os
+import pickle
+import re
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -39,10 +49,12 @@ class STDiTConfig:
     in_channels: int = 4  # C, fixed by the VAE
     caption_channels: int = 4096  # E, fixed by the text encoder; 4096: T5-XXL
     caption_length: int = 120  # most caption tokens, and the length of the null caption
-    variant: str = "sequential"  # how space and time attend: one after the other, as v1 chose
+    variant: str = "sequential"  # how space and time attend, one of VARIANTS; v1 chose this one
     space_scale: float | tuple = 1.0  # place = index / scale; 1 at 512x512, 0.5 at 256x256
     time_scale: float = 1.0  # index / scale; 1 for every 3rd source frame, 3/2 for every 2nd
 
+
+VARIANTS = ("full", "sequential", "parallel", "latte")
 
 MODELS = {
     "STDiT-XL/2": STDiTConfig(),
@@ -64,61 +76,58 @@ MODELS = {
 # at frequencies from 1 down to 1/10000, and the network its timestep in the same way. Positions are
 # indices divided by a scale: a model trained on 32x32 patches reads a grid of 16x16 at scale 0.5 as
 # the same picture seen coarsely, and that is what makes training from small to large films cheap
-# (report, T1). All of it stays in fp32: in bf16 only 507 of the 1000 timesteps would remain
-# distinct.
+# (report, T1). Places are worked out in float64 and rounded once; timesteps stay in fp32, for in
+# bf16 only 507 of the 1000 would remain distinct.
 
 
-@lru_cache(maxsize=32)
-def frequencies(n, device):
-    """10000^(-i/n) for i = 0 to n - 1, fp32 [n]. Worked out in float64, which Apple's GPUs lack, so
-    on the CPU.
-    """
-    return (10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)).float().to(device)
-
-
-def sinusoid(position, dim):
-    """Sines and cosines of a position (any shape, fp32) at dim / 2 frequencies: two of [..., dim /
-    2].
-    """
-    angle = position[..., None] * frequencies(dim // 2, position.device)
+def sinusoid(position, frequency):
+    """Sines and cosines of position [...] times frequency [n]: two of [..., n]."""
+    angle = position[..., None] * frequency
     return angle.sin(), angle.cos()
 
 
-def scaled_index(n, scale, device):
-    """0, 1/scale, ... (n - 1)/scale as fp32 [n]. With scale = inf all places are the same place."""
-    return torch.tensor([i / scale for i in range(n)], dtype=torch.float32, device=device)
+def embed_places(n, scale, dim):
+    """Places 0, 1/scale, ... (n - 1)/scale as [n, dim], sin before cos, float64, on the CPU. With
+    scale = inf all places are the same place.
+    """
+    frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    return torch.cat(sinusoid(torch.arange(n, dtype=torch.float64) / scale, frequency), dim=-1)
 
 
 @lru_cache(maxsize=32)  # a run sees few grids, thousands of times
 def spatial_embedding(h, w, dim, scale, device):
-    """[S, D], rows in the order of patches (h, w). First half of the channels: x; second: y; each
-    sin, cos.
+    """fp32 [S, D], rows in the order of patches (h, w). The first half of the channels encodes x,
+    the second y. scale: a number, or one each for h and w.
     """
     scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
-    x = torch.cat(sinusoid(scaled_index(w, scale_w, device), dim // 2), dim=-1)  # [w, D/2]
-    y = torch.cat(sinusoid(scaled_index(h, scale_h, device), dim // 2), dim=-1)  # [h, D/2]
-    both = torch.cat([x[None].expand(h, -1, -1), y[:, None].expand(-1, w, -1)], dim=-1)
-    return rearrange(both, "h w d -> (h w) d")
+    x = embed_places(w, scale_w, dim // 2).expand(h, -1, -1)  # [h, w, D/2]
+    y = embed_places(h, scale_h, dim // 2)[:, None].expand(-1, w, -1)  # [h, w, D/2]
+    both = rearrange(torch.cat([x, y], dim=-1), "h w d -> (h w) d")
+    return both.float().to(device)
 
 
 @lru_cache(maxsize=32)
 def temporal_embedding(t, dim, scale, device):
-    """[T, D], sin before cos."""
-    return torch.cat(sinusoid(scaled_index(t, scale, device), dim), dim=-1)
+    """fp32 [T, D]."""
+    return embed_places(t, scale, dim).float().to(device)
+
+
+@lru_cache(maxsize=8)
+def timestep_frequencies(device):
+    """fp32 [128], worked out in fp32, as the released models have it."""
+    return torch.exp(-math.log(10000) * torch.arange(128) / 128).to(device)
 
 
 # ---------------------------------------------------------------------------------------------
 # The parts of a block: two kinds of attention, and an MLP
 #
 # Neither attention knows about space or time: each looks along the middle dimension of what it is
-# given. Which tokens share a sequence is decided by one rearrange in Block, and that is the whole
-# of STDiT.
+# given. Which tokens share a sequence is decided by one rearrange around it (along_space,
+# along_time, along_film, below), and that is the whole of STDiT.
 
 
 def split_heads(x, parts, heads):
-    """[B, N, parts * D] -> parts tensors of [B, heads, N, D / heads]; weights are laid out (part,
-    head, channel).
-    """
+    """[B, N, parts * D] -> parts of [B, heads, N, D/heads]; laid out (part, head, channel)."""
     return rearrange(x, "b n (p heads d) -> p b heads n d", p=parts, heads=heads).unbind(0)
 
 
@@ -138,7 +147,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every token looks at the caption. x [B, N, D], y [B, L, D], mask [B, L] (True: a real token).
+    """Every token looks at the caption. x [B, N, D], y [B, L, D], mask [B, L] (True: a real token)
     -> [B, N, D].
     """
 
@@ -176,9 +185,7 @@ def norm(x):
 
 
 def modulate(x, shift, scale):
-    """adaLN, DiT (arXiv 2212.09748) section 3.2: the timestep sets each channel's scale and
-    shift.
-    """
+    """adaLN (DiT, arXiv 2212.09748, section 3.2): the timestep sets scale and shift of channels."""
     return norm(x) * (1 + scale) + shift
 
 
@@ -195,41 +202,81 @@ def modulate(x, shift, scale):
 #
 # Things that surprise: the temporal attention has no norm and no modulation and shares the spatial
 # one's gate; the cross-attention has neither norm nor gate. So the released weights want it.
+#
+# The report compared four designs (A4); they stand side by side here and differ in nothing else. A
+# block has one self-attention in "full" and two in the others; in "latte" it has a second MLP too.
+
+
+def along_space(attention, x):
+    """Each frame looks at itself. [B, T, S, D] -> [B, T, S, D]."""
+    out = attention(rearrange(x, "b t s d -> (b t) s d"))  # [B*T, S, D]
+    return rearrange(out, "(b t) s d -> b t s d", t=x.shape[1])
+
+
+def along_time(attention, x):
+    """Each patch looks at itself in all frames. [B, T, S, D] -> [B, T, S, D]."""
+    out = attention(rearrange(x, "b t s d -> (b s) t d"))  # [B*S, T, D]
+    return rearrange(out, "(b s) t d -> b t s d", s=x.shape[2])
+
+
+def along_film(attention, x):
+    """Every patch of every frame looks at all of them. [B, T, S, D] -> [B, T, S, D]."""
+    out = attention(rearrange(x, "b t s d -> b (t s) d"))  # [B, T*S, D]
+    return rearrange(out, "b (t s) d -> b t s d", s=x.shape[2])
+
+
+def add_time(x, time):
+    """x [B, T, S, D] plus the temporal embedding, in the one block that is given it."""
+    return x if time is None else x + time
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, heads = config.hidden_size, config.num_heads
+        hidden = int(D * config.mlp_ratio)
+        self.variant = config.variant
         self.scale_shift_table = nn.Parameter(torch.randn(6, D) / D**0.5)
         self.attn = SelfAttention(D, heads)
-        self.attn_temp = SelfAttention(D, heads)
+        if self.variant != "full":
+            self.attn_temp = SelfAttention(D, heads)
         self.cross_attn = CrossAttention(D, heads)
-        self.mlp = MLP(D, int(D * config.mlp_ratio), D)
+        self.mlp = MLP(D, hidden, D)
+        if self.variant == "latte":
+            self.scale_shift_table_temp = nn.Parameter(torch.randn(6, D) / D**0.5)
+            self.mlp_temp = MLP(D, hidden, D)
 
     def forward(self, x, y, mask, rows, time):
         """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; rows [B, 6, D] from the
-        timestep; time [T, 1, D], or None: the temporal embedding, which only the first block is
-        given. -> [B, T, S, D].
+        timestep; time [T, 1, D], the temporal embedding, in the first block, else None
+        -> [B, T, S, D].
         """
-        B, T, S, D = x.shape
-        rows = (self.scale_shift_table + rows)[:, :, None, None]  # [B, 6, 1, 1, D]
-        # [B, 1, 1, D]; attention, MLP
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows.unbind(1)
+        six = (self.scale_shift_table + rows)[:, :, None, None].unbind(1)  # 6 x [B, 1, 1, D]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = six  # of the attention, of the MLP
 
-        # 1. space: each frame looks at itself
-        a = rearrange(modulate(x, shift_a, scale_a), "b t s d -> (b t) s d")  # [B*T, S, D]
-        x = x + gate_a * rearrange(self.attn(a), "(b t) s d -> b t s d", t=T)
+        if self.variant == "sequential":  # space, then time; x itself never gets the embedding
+            x = x + gate_a * along_space(self.attn, modulate(x, shift_a, scale_a))
+            x = x + gate_a * along_time(self.attn_temp, add_time(x, time))
+        elif self.variant == "parallel":  # both look at the same tokens
+            space = along_space(self.attn, modulate(x, shift_a, scale_a))
+            x = x + gate_a * (space + along_time(self.attn_temp, add_time(x, time)))
+        elif self.variant == "full":  # at once; here the tokens themselves must tell the time
+            x = add_time(x, time)
+            x = x + gate_a * along_film(self.attn, modulate(x, shift_a, scale_a))
+        else:  # latte: a whole block for space; another for time follows below
+            x = x + gate_a * along_space(self.attn, modulate(x, shift_a, scale_a))
 
-        # 2. time: each patch looks through all frames. The embedding goes to this attention alone,
-        # not to x.
-        a = x if time is None else x + time
-        a = rearrange(a, "b t s d -> (b s) t d")  # [B*S, T, D]
-        x = x + gate_a * rearrange(self.attn_temp(a), "(b s) t d -> b t s d", s=S)
+        # caption and MLP: token by token, so how they are laid out does not matter
+        x = x + self.cross_attn(x.flatten(1, 2), y, mask).view_as(x)  # [B, T*S, D] and back
+        x = x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
 
-        # 3. caption, 4. MLP: token by token, so how they are laid out does not matter
-        x = x + self.cross_attn(x.flatten(1, 2), y, mask).view(B, T, S, D)
-        return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
+        if self.variant == "latte":
+            six = (self.scale_shift_table_temp + rows)[:, :, None, None].unbind(1)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = six  # 6 x [B, 1, 1, D]
+            x = add_time(x, time)
+            x = x + gate_a * along_time(self.attn_temp, modulate(x, shift_a, scale_a))
+            x = x + gate_m * self.mlp_temp(modulate(x, shift_m, scale_m))
+        return x
 
 
 # ---------------------------------------------------------------------------------------------
@@ -256,7 +303,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        sin, cos = sinusoid(t.float(), 256)  # fp32, also under autocast
+        sin, cos = sinusoid(t.float(), timestep_frequencies(t.device))  # fp32, also under autocast
         return self.mlp(torch.cat([cos, sin], dim=-1).to(self.mlp[0].weight.dtype))
 
 
@@ -275,8 +322,8 @@ class CaptionEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, T, S, D] -> patches [B, T, S, pt*ph*pw*2C]. Its two rows come from t *before*
-    t_block.
+    """Tokens [B, T, S, D] and t [B, D], the timestep's embedding *before* t_block
+    -> patches [B, T, S, pt*ph*pw*2C].
     """
 
     def __init__(self, config):
@@ -286,9 +333,8 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D**0.5)
 
     def forward(self, x, t):
-        # t [B, D] is the timestep's embedding
-        # [B, 1, 1, D]
-        shift, scale = (self.scale_shift_table + t[:, None])[:, :, None, None].unbind(1)
+        rows = (self.scale_shift_table + t[:, None])[:, :, None, None]  # [B, 2, 1, 1, D]
+        shift, scale = rows.unbind(1)  # [B, 1, 1, D] each
         return self.linear(modulate(x, shift, scale))
 
 
@@ -301,8 +347,8 @@ class STDiT(nn.Module):
 
     def __init__(self, config: STDiTConfig):
         super().__init__()
-        if config.variant != "sequential":
-            raise ValueError(f"variant={config.variant!r}: only 'sequential' is there")
+        if config.variant not in VARIANTS:
+            raise ValueError(f"variant={config.variant!r}: expected one of {', '.join(VARIANTS)}")
         if config.hidden_size % 4 or config.hidden_size % config.num_heads:
             raise ValueError(
                 f"hidden_size={config.hidden_size} must divide by 4 and "
@@ -333,9 +379,9 @@ class STDiT(nn.Module):
         for linear in (self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2):
             nn.init.normal_(linear.weight, std=0.02)
         for block in self.blocks:
-            # at step 0 a film is T pictures (report, A5)
-            nn.init.zeros_(block.attn_temp.proj.weight)
             nn.init.zeros_(block.cross_attn.proj.weight)
+            if self.config.variant in ("sequential", "parallel"):
+                nn.init.zeros_(block.attn_temp.proj.weight)  # a film is T pictures (report, A5)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y, mask=None):
@@ -354,6 +400,8 @@ class STDiT(nn.Module):
         D, device = self.config.hidden_size, x.device
         space = spatial_embedding(h, w, D, self.config.space_scale, device)  # [S, D]
         time = temporal_embedding(T, D, self.config.time_scale, device)[:, None]  # [T, 1, D]
+        if T == 1 and self.config.variant in ("full", "latte"):  # added to the tokens themselves,
+            time = None  # and those of a picture are to be as an image model knows them
 
         x = self.x_embedder(x) + space  # [B, T, S, D]
         t = self.t_embedder(t)  # [B, D]
@@ -365,11 +413,42 @@ class STDiT(nn.Module):
         x = self.final_layer(x, t)  # [B, T, S, pt*ph*pw*2C]
         return unpatchify(x, self.config.patch_size, h, w)  # [B, 2C, T*pt, H, W]
 
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, the Hub's usual layout, into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / ".model.safetensors")
+        os.replace(folder / ".model.safetensors", folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """The model that save_pretrained wrote, from a folder or a Hub name. BadWeights if not."""
+        folder = Path(source) if Path(source).is_dir() else fetch(str(source))
+        try:
+            config = config_from(json.loads((folder / "config.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise BadWeights(f"{source} has no config.json of save_pretrained: {error}") from None
+        model = cls(config)
+        load_weights(model, folder)
+        return model.eval()
+
+
+def config_from(fields):
+    """STDiTConfig from its JSON, where tuples have become lists."""
+    return STDiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def checkpoint_blocks(model):
+    """Keep only what enters each block, and compute its inside again in the backward pass: a third
+    more work, for the activations of one block instead of all. The numbers stay the same.
+    """
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
 
 def unpatchify(x, patch_size, h, w):
-    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; within a patch the channel comes
-    last.
-    """
+    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; in a patch the channel comes last."""
     pt, ph, pw = patch_size
     return rearrange(
         x, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=h, w=w, pt=pt, ph=ph, pw=pw
@@ -389,3 +468,205 @@ def drop_captions(y, mask, drop, null):
     # [B, caption_length, E], [B, caption_length]
     y, mask = F.pad(y, (0, 0, 0, pad)), F.pad(mask.bool(), (0, pad))
     return torch.where(drop[:, None, None], null.to(y.dtype), y), mask | drop[:, None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Released weights
+#
+# A model that can't read the weights that exist can be neither checked against them nor continued
+# from them. Open-Sora v1's files have the names of this file; PixArt-alpha's own .pth has them too,
+# without the temporal attention. diffusers' folders (PixArt-alpha, Latte-1) name the same tensors
+# otherwise and keep query, key and value apart: the table below says where each of ours is found.
+#
+# Loading is strict. Each tensor of the model is found in the source with its shape, each tensor of
+# the source has a place in the model; the exceptions are listed, with their reasons, and anything
+# else is an error before any weight is changed. Files are memory-mapped: a tensor is read when it
+# is copied, so the weights are never in memory twice.
+
+
+class BadWeights(Exception):
+    """A source of weights that can't be used: what was found where, and what was expected."""
+
+
+# Ours -> the tensors of diffusers' PixArtTransformer2DModel or LatteTransformer3DModel that make
+# it, row below row. N: the number of the block.
+DIFFUSERS = {
+    "x_embedder.proj": ["pos_embed.proj"],
+    "t_embedder.mlp.0": ["adaln_single.emb.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["adaln_single.emb.timestep_embedder.linear_2"],
+    "t_block.1": ["adaln_single.linear"],
+    "y_embedder.y_proj.fc1": ["caption_projection.linear_1"],
+    "y_embedder.y_proj.fc2": ["caption_projection.linear_2"],
+    "blocks.N.scale_shift_table": ["transformer_blocks.N.scale_shift_table"],
+    "blocks.N.attn.qkv": [f"transformer_blocks.N.attn1.to_{part}" for part in "qkv"],
+    "blocks.N.attn.proj": ["transformer_blocks.N.attn1.to_out.0"],
+    "blocks.N.cross_attn.q_linear": ["transformer_blocks.N.attn2.to_q"],
+    "blocks.N.cross_attn.kv_linear": [f"transformer_blocks.N.attn2.to_{part}" for part in "kv"],
+    "blocks.N.cross_attn.proj": ["transformer_blocks.N.attn2.to_out.0"],
+    "blocks.N.mlp.fc1": ["transformer_blocks.N.ff.net.0.proj"],
+    "blocks.N.mlp.fc2": ["transformer_blocks.N.ff.net.2"],
+    "blocks.N.scale_shift_table_temp": ["temporal_transformer_blocks.N.scale_shift_table"],
+    "blocks.N.attn_temp.qkv": [f"temporal_transformer_blocks.N.attn1.to_{part}" for part in "qkv"],
+    "blocks.N.attn_temp.proj": ["temporal_transformer_blocks.N.attn1.to_out.0"],
+    "blocks.N.mlp_temp.fc1": ["temporal_transformer_blocks.N.ff.net.0.proj"],
+    "blocks.N.mlp_temp.fc2": ["temporal_transformer_blocks.N.ff.net.2"],
+    "final_layer.linear": ["proj_out"],
+    "final_layer.scale_shift_table": ["scale_shift_table"],
+}
+NULL_CAPTION = "y_embedder.y_embedding"  # not in diffusers' folders: there, T5 of an empty string
+# Passed over if a source has them, for positions are computed for the grid at hand.
+RECOMPUTED = {"pos_embed", "pos_embed_temporal", "pos_embed.pos_embed", "temp_pos_embed"}
+
+
+def diffusers_names(name):
+    """"blocks.3.attn.proj.bias" -> ["transformer_blocks.3.attn1.to_out.0.bias"]."""
+    stem, kind = re.fullmatch(r"(.*?)(\.weight|\.bias|)", name).groups()
+    number = "".join(re.findall(r"^blocks\.(\d+)", name))
+    theirs = DIFFUSERS.get(re.sub(r"^blocks\.\d+", "blocks.N", stem), [stem])
+    return [their.replace(".N.", f".{number}.") + kind for their in theirs]
+
+
+def load_weights(model, source, null_caption=None):
+    """Fill a model with weights -> the names of its tensors that are new: the source lacks them.
+
+    source: a file (.safetensors, .pth), a folder (a run of train.py, of which the moving average is
+    taken; what save_pretrained or diffusers wrote), a Hub name "owner/name", or a file there,
+    "owner/name/file". New may be the temporal tensors, all together: the source is an image model.
+    null_caption: a function that gives [caption_length, E], called if the source brings none.
+    BadWeights in all other cases, and then the model is as before.
+    """
+    found, ours = {}, model.state_dict()
+    for path in find_weights(source):
+        found |= open_weights(path)
+    from_diffusers = "adaln_single.linear.weight" in found
+    places = {name: diffusers_names(name) if from_diffusers else [name] for name in ours}
+    new = [name for name in ours if "_temp." in name or name.endswith("_temp")]
+    if any(place in found for name in new for place in places[name]):
+        new = []  # not an image model
+    for name in new:
+        del places[name]
+    if NULL_CAPTION not in found and null_caption is not None:
+        found[NULL_CAPTION] = null_caption()
+
+    wanted = {place for names in places.values() for place in names}
+    lacking, besides = wanted - found.keys(), found.keys() - wanted - RECOMPUTED
+    if lacking == {NULL_CAPTION}:
+        raise BadWeights(f"{source} has no null caption; give one, T5 of the empty string")
+    if lacking or besides:
+        raise BadWeights(
+            f"{source} lacks {listed(lacking)} and has besides {listed(besides)}; expected a "
+            f"{model.config.variant} model, depth {model.config.depth}"
+        )
+    for place in places["x_embedder.proj.weight"]:
+        if found[place].ndim == 4:  # an image model's Conv2d: a Conv3d over one frame
+            found[place] = found[place].unsqueeze(2)
+    for name, names in places.items():
+        shape = [sum(len(found[n]) for n in names), *found[names[0]].shape[1:]]
+        if shape != list(ours[name].shape):
+            raise BadWeights(
+                f"{source}: {' + '.join(names)} has shape {shape}, expected "
+                f"{list(ours[name].shape)} for {name}"
+            )
+
+    with torch.no_grad():
+        for name, names in places.items():
+            ours[name].copy_(torch.cat([found[n] for n in names]))
+        for name in new:
+            if "attn_temp.proj" in name and model.config.variant != "latte":
+                ours[name].zero_()  # a film begins as T pictures (report, A5)
+    return new
+
+
+def listed(names):
+    """"52 tensors (a, b, c, ...)", or "none"."""
+    first = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+    return f"{len(names)} tensors ({first})" if names else "none"
+
+
+def newest_checkpoint(run):
+    """The folder of a run's newest checkpoint, or None."""
+    found = sorted(Path(run).glob("checkpoints/step_*"))
+    return found[-1] if found else None
+
+
+def find_weights(source):
+    """The files that hold the weights of a source, as load_weights takes it: a list of paths."""
+    path = Path(source) if Path(source).exists() else fetch(str(source))
+    if path.is_file():
+        return [path]
+    run = newest_checkpoint(path) or path
+    for folder in (run, path / "transformer", path):
+        for name in ("ema", "model", "diffusion_pytorch_model"):
+            if (folder / f"{name}.safetensors").is_file():
+                return [folder / f"{name}.safetensors"]
+            if (index := folder / f"{name}.safetensors.index.json").is_file():  # of shards
+                return [folder / shard for shard in read_index(index)]
+    files = sorted(p for p in path.iterdir() if p.suffix in (".pth", ".pt", ".safetensors"))
+    if len(files) != 1:
+        raise BadWeights(
+            f"{source} holds {len(files)} files of weights; expected a run, a folder of "
+            f"save_pretrained or of diffusers, or name one of its files"
+        )
+    return files
+
+
+def read_index(path):
+    """The names of the files that hold the shards of a model in the Hub's layout."""
+    try:
+        return sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadWeights(f"{path} is damaged: expected a JSON object with a weight_map") from None
+
+
+def fetch(source):
+    """A Hub name, "owner/name" or "owner/name/file" -> where huggingface_hub has put it."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    owner, name, file = (source.split("/", 2) + ["", ""])[:3]
+    if not name or owner in ("", ".", "..", "~"):
+        raise BadWeights(f"{source} is not there; expected a file, a folder or a Hub name")
+    layouts = ("config.json", "model*.safetensors*", "transformer/*.safetensors*")
+    try:
+        if file:
+            return Path(hf_hub_download(f"{owner}/{name}", file))
+        return Path(snapshot_download(f"{owner}/{name}", allow_patterns=layouts))
+    except Exception as error:  # the Hub's own errors are of a dozen classes
+        raise BadWeights(
+            f"{source} is neither a path here nor to be had from the Hub "
+            f"({type(error).__name__}); give a file, a folder or a Hub name"
+        ) from None
+
+
+def open_weights(path):
+    """The tensors of a file by name, memory-mapped: each is read when it is used."""
+    try:
+        check_hash(path)
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        # weights_only: a pickle may hold code; nothing but tensors and plain containers is taken
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for key in ("ema", "state_dict", "model"):  # training scripts nest them
+            content = content.get(key, content)
+        return {name: value for name, value in content.items() if torch.is_tensor(value)}
+    except pickle.UnpicklingError:
+        raise BadWeights(
+            f"{path} is no file of tensors, or holds code besides, which is not run; expected a "
+            "state dict that torch.save wrote"
+        ) from None
+    except (OSError, EOFError, RuntimeError, AttributeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise BadWeights(
+            f"{path} can't be read ({reason}); expected .safetensors, or a state dict that "
+            "torch.save wrote"
+        ) from None
+
+
+def check_hash(path):
+    """BadWeights if a checkpoint's file is not the one whose sha256 stands in its state.json."""
+    if not (path.parent / "state.json").is_file():
+        return
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != json.loads((path.parent / "state.json").read_text())["sha256"].get(path.stem):
+        raise BadWeights(f"{path} is damaged: its sha256 is not the one in state.json")

@@ -39,10 +39,13 @@ from tqdm import tqdm
 import data
 from data import BadInput, command, keyed_generator, warn, write_json, write_whole
 from sample import (
-    TRAINING, autocast, check_encoder, config_from, diffusion_loss, film, film_keys,
-    newest_checkpoint, pick_device, q_sample, read_checkpoint, write_gif, write_sheet,
+    TRAINING, autocast, check_encoder, diffusion_loss, film, film_keys, pick_device, q_sample,
+    write_gif, write_sheet,
 )  # fmt: skip
-from stdit import MODELS, STDiT, drop_captions
+from stdit import (
+    MODELS, VARIANTS, BadWeights, STDiT, checkpoint_blocks, config_from, drop_captions,
+    load_weights, newest_checkpoint, open_weights,
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -55,6 +58,10 @@ from stdit import MODELS, STDiT, drop_captions
 class TrainConfig:
     # what is learned from what
     model: str = "toy"  # a name in stdit.MODELS
+    variant: str = "sequential"  # one of stdit.VARIANTS
+    init: str = ""  # weights to begin with: whatever stdit.load_weights reads; empty: random ones
+    space_scale: float = 0.0  # place = index / scale; 0: the model's (stdit.MODELS)
+    time_scale: float = 0.0  # likewise
     data: str = "toy"  # a cache, a CSV (then the encoders run in every step), or "toy": made here
     held_out: str = ""  # the same, of clips not trained on; empty: 1 in 20 of data's, at most 64
     out: str = "out/toy"  # the run's folder
@@ -83,6 +90,7 @@ class TrainConfig:
     # where and how often
     seed: int = 0  # of every random draw in training (the toy's films and cache keep theirs, 0)
     device: str = "auto"  # auto, cpu, cuda or mps; fp32, on cuda bf16 over fp32 weights
+    checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more work
     workers: int = 0  # processes per rank that read data; a cache needs none
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 500  # steps between evaluations of the held-out loss
@@ -128,7 +136,7 @@ def parse_command_line():
         require(
             last, f"{out} holds no run to resume, no checkpoints/step_*; start without --resume"
         )
-        state = read_checkpoint(last)[0]
+        state = read_state(last)
         other = sorted(state["config"].keys() - vars(config).keys())
         require(not other, f"{out} is a run of another version, with the fields {', '.join(other)}")
         config = TrainConfig(**state["config"])
@@ -173,7 +181,11 @@ def check(config):
         "keep",
     ):
         require(getattr(c, name) >= 1, f"{name}={getattr(c, name)}: expected 1 or more")
-    for name in ("films", "workers", "warmup", "min_snr", "lr", "weight_decay", "t_std"):
+    require(
+        c.variant in VARIANTS, f"variant={c.variant!r} is unknown; {nearest(c.variant, VARIANTS)}"
+    )
+    for name in ("films", "workers", "warmup", "min_snr", "lr", "weight_decay", "t_std",
+                 "space_scale", "time_scale"):  # fmt: skip
         require(getattr(c, name) >= 0, f"{name}={getattr(c, name)}: expected 0 or more")
     for name in ("image_share", "drop_caption", "max_bad", "ema"):
         require(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: expected a share, 0 to 1")
@@ -473,10 +485,22 @@ def save_checkpoint(config, step, model, ema, optimizer, encoders):
         shutil.rmtree(old)
 
 
+def read_state(folder):
+    """state.json of a checkpoint: everything but its tensors."""
+    advice = f"delete {folder} to go on from the checkpoint before it"
+    return data.read_json(folder / "state.json", advice)
+
+
 def load_checkpoint(config, model, ema, optimizer, encoders):
     """Put the newest checkpoint of config.out into model, ema and optimizer -> step."""
-    names = ("model", "ema", "optimizer")
-    state, weights, average, moments = read_checkpoint(newest_checkpoint(config.out), *names)
+    folder = newest_checkpoint(config.out)
+    state = read_state(folder)
+    try:  # open_weights compares each file with its hash
+        weights, average, moments = (
+            open_weights(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")
+        )
+    except BadWeights as error:
+        raise BadInput(f"{error}; delete {folder} to go on from the checkpoint before it") from None
     require(config_from(state["model"]) == model.config,
             f"{config.out} is a {state['model']}, not model={config.model!r}")  # fmt: skip
     require(state["encoders"] == encoders,
@@ -488,7 +512,7 @@ def load_checkpoint(config, model, ema, optimizer, encoders):
     for i, (name, _) in enumerate(model.named_parameters()):
         if f"{name}.step" in moments:  # AdamW has no state for what had no gradient yet
             saved["state"][i] = {
-                key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                key: moments[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
             }
     optimizer.load_state_dict(saved)
     return state["step"]
@@ -545,9 +569,8 @@ def caption_accuracy(config, model, encoders, films, process, **options):
     keys, mine = film_keys(config.seed, prompts), slice(process.rank, None, process.world)
     shape = (model.config.in_channels, config.frames, config.size // 8, config.size // 8)
     model.eval()
-    videos = film(
-        model, encoders.vae, encoders.t5, prompts[mine], keys[mine], shape, batch=32, **options
-    )
+    y, mask = encoders.t5.encode(prompts[mine])
+    videos = film(model, encoders.vae, y, mask, keys[mine], shape, batch=32, **options)
     counts = [0.0] * 10
     for triple, video in zip(triples[mine], videos):
         found, base = data.detect(video) or ("none",) * 3, 5 * (triple in data.HELD_OUT)
@@ -727,7 +750,11 @@ def train(config, resume):
     source, rows, held_source, held_rows, encoders = open_data(config, process)
 
     torch.manual_seed(config.seed)  # the initial weights, the same on every rank
-    model = STDiT(MODELS[config.model]).to(process.device)
+    model = STDiT(model_config(config)).to(process.device)
+    if config.init and not resume:
+        process.say(initialize(config, model, encoders))
+    if config.checkpointing:
+        checkpoint_blocks(model)
     ema = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, config.beta2),
@@ -835,7 +862,8 @@ def finish(config, model, source, rows, encoders, metrics, process):
         prompts = prompts[: config.films]
         shape = (model.config.in_channels, config.frames, config.size // 8, config.size // 8)
         keys = film_keys(config.seed, prompts)
-        videos = film(model, encoders.vae, encoders.t5, prompts, keys, shape, **options)
+        y, mask = encoders.t5.encode(prompts)
+        videos = film(model, encoders.vae, y, mask, keys, shape, **options)
         threes = [torch.cat(videos[i : i + 3], dim=-1) for i in range(0, len(videos) // 3 * 3, 3)]
         write_gif(
             Path(config.out) / "films.gif", torch.cat(threes or videos[:1], dim=-2), config.fps
@@ -843,9 +871,30 @@ def finish(config, model, source, rows, encoders, metrics, process):
         write_sheet(Path(config.out) / "films.png", videos, prompts)
 
 
+def model_config(config):
+    """The network's configuration: that of its name, with this run's variant and scales."""
+    model = replace(MODELS[config.model], variant=config.variant)
+    scales = {k: getattr(config, k) for k in ("space_scale", "time_scale") if getattr(config, k)}
+    return replace(model, **scales)
+
+
+def initialize(config, model, encoders):
+    """Begin with the weights of config.init -> a line that says what they are. Positions follow
+    from this run's scales, whatever the weights were trained with: that is how a model of small
+    films goes on with large ones (report, T1).
+    """
+    new = load_weights(model, config.init, lambda: encoders.t5.null_caption())
+    now = f"space_scale={model.config.space_scale}, time_scale={model.config.time_scale}"
+    stored = "none are stored with it"
+    if (run := newest_checkpoint(config.init)) is not None:
+        m = read_state(run)["model"]
+        stored = f"it was trained with {m['space_scale']}, {m['time_scale']}"
+    return f"from {config.init}: {len(new)} tensors are new; {now} ({stored})"
+
+
 def main():
     train(*parse_command_line())
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, BadWeights)

@@ -36,6 +36,19 @@ def randomize(model, seed=0):
     return model.eval()
 
 
+def hand_attention(q, k, v, heads, mask=None):
+    """softmax(q k^T / sqrt(d)) v, head by head; keys where mask [B, M] is false take no part.
+    q [B, N, D], k and v [B, M, D] -> [B, N, D].
+    """
+    out = []
+    for q, k, v in zip(*(z.chunk(heads, dim=-1) for z in (q, k, v))):
+        scores = q @ k.mT / q.shape[-1] ** 0.5  # [B, N, M]
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        out.append(scores.softmax(-1) @ v)
+    return torch.cat(out, dim=-1)
+
+
 @pytest.fixture(scope="session")
 def encoders():
     """The toy's frozen VAE and T5, as shipped."""

@@ -7,6 +7,7 @@ import torch
 from conftest import assert_close, randomize
 from torch.distributions import Normal, kl_divergence
 
+import data
 import sample as S
 from stdit import STDiT, STDiTConfig
 
@@ -132,15 +133,49 @@ def test_ddim_without_noise_follows_the_exact_ode_of_a_gaussian():
     assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:])), errors
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddpm", 250), ("ddim", 250)])
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 250), ("ddim", 250), ("dpm", 50)])
 def test_sampling_gaussian_data_gives_its_spread(sampler, steps):
-    schedule, generator = S.make_schedule(steps), torch.Generator().manual_seed(0)
-    x = film(1, 4, 20, 30, 30)
+    make, step = S.SAMPLERS[sampler]
+    schedule, generator = make(steps), torch.Generator().manual_seed(0)
+    x, before = film(1, 4, 20, 30, 30), None
     for i in reversed(range(steps)):
         noise = torch.randn(x.shape, dtype=F64, generator=generator)
-        step = S.SAMPLERS[sampler]
-        x = step(schedule, x, i, exact_eps(schedule, x, i), torch.ones_like(x), noise)
-    assert abs(x.std() / SPREAD - 1) < 0.02  # error of 250 steps and of 72,000 samples
+        eps = exact_eps(schedule, x, i)
+        x0 = S.predict_x0(schedule, x, torch.tensor([i]), eps)
+        x, before = step(schedule, x, i, eps, torch.ones_like(x), noise, before), x0
+    assert abs(x.std() / SPREAD - 1) < 0.02  # error of the steps and of 72,000 samples
+
+
+def ode_error(step, steps, end):
+    """Distance from the exact solution of the ODE after `steps` steps from t = 999 to t = end."""
+    timesteps = torch.linspace(end, 999, steps + 1, dtype=F64).round().long()
+    schedule = S.respaced(timesteps)
+    x, before = film(1, 4, 2, 2, 2), None
+    std = (schedule.abar * SPREAD**2 + 1 - schedule.abar).sqrt()
+    expected = x * std[0] / std[-1]
+    for i in range(steps, 0, -1):  # not the step at index 0, which leads to x_0
+        eps = exact_eps(schedule, x, i)
+        x0 = S.predict_x0(schedule, x, torch.tensor([i]), eps)
+        x, before = step(schedule, x, i, eps, None, torch.zeros_like(x), before), x0
+    return ((x - expected).norm() / expected.norm()).item()
+
+
+def test_dpm_solver_is_of_second_order_and_ddim_of_first():
+    """Twice the steps: a quarter of the error, or half of it. End times above 0, for at x_0 its
+    clock, log(alpha / sigma), is infinite.
+    """
+    for end in (199, 399):
+        dpm = [ode_error(S.dpm_step, steps, end) for steps in (25, 50, 100, 200)]
+        ddim = [ode_error(S.ddim_step, steps, end) for steps in (25, 50, 100, 200)]
+        assert all(3.4 < a / b < 4.8 for a, b in zip(dpm, dpm[1:])), dpm
+        assert all(1.8 < a / b < 2.2 for a, b in zip(ddim, ddim[1:])), ddim
+        assert dpm[-1] < 0.02 * ddim[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 1000])
+def test_dpm_solver_refuses_steps_that_it_has_no_timesteps_for(steps):
+    with pytest.raises(data.BadInput, match="expected 2 to"):
+        S.dpm_schedule(steps)
 
 
 def test_ddim_with_eta_1_is_ddpm_with_the_lower_variance():
@@ -173,6 +208,15 @@ def test_guidance_moves_all_four_channels_and_takes_the_captioned_variance():
     for c in range(4):
         assert_close(eps[:, c], torch.full_like(eps[:, c], (0.5 + 4 * 1.5) * (c + 1)), 1e-6, "fp32")
         assert_close(v[:, c], torch.full_like(v[:, c], 2.0 * (c + 5)), 1e-6, "fp32")
+
+
+def test_v1s_guidance_of_three_channels_is_one_constant_away(monkeypatch):
+    monkeypatch.setattr(S, "GUIDED", slice(3))
+    y = torch.cat([torch.full((2, 3, 5), 2.0), torch.full((2, 3, 5), 0.5)])  # captions, then nulls
+    options = torch.tensor(7), y, torch.ones(4, 3, dtype=torch.bool), 4.0
+    eps, _ = S.guided(stand_in, film(2, 4, 1, 2, 2), *options)
+    for c, expected in enumerate([6.5, 13.0, 19.5, 2.0 * 4]):  # the fourth: the caption's alone
+        assert_close(eps[:, c], torch.full_like(eps[:, c], expected), 1e-6, "fp32")
 
 
 @pytest.mark.parametrize("sampler", list(S.SAMPLERS))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_close, randomize
+from conftest import assert_close, hand_attention, randomize
 
 from stdit import MODELS, STDiT, STDiTConfig, drop_captions, spatial_embedding, temporal_embedding
 
@@ -139,14 +139,6 @@ def test_position_embeddings_at_hand_computed_places():
     assert torch.equal(pair[2], spatial_embedding(1, 3, 16, 0.5, torch.device("cpu"))[2])
 
 
-def plain_attention(q, k, v, heads):
-    """softmax(q k^T / sqrt(d)) v, head by head. [B, N, D] each."""
-    out = []
-    for q, k, v in zip(*(z.chunk(heads, dim=-1) for z in (q, k, v))):
-        out.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v)
-    return torch.cat(out, dim=-1)
-
-
 @pytest.mark.parametrize("first", [True, False])
 def test_block_equals_its_definition_written_out(first):
     """facts: space with gate; time without norm but with the same gate; caption without gate; MLP
@@ -166,17 +158,17 @@ def test_block_equals_its_definition_written_out(first):
     z = x.clone()
     for f in range(3):
         q, k, v = block.attn.qkv(norm(x[0, f]) * (1 + scale_a) + shift_a).chunk(3, dim=-1)
-        z[0, f] += gate_a * block.attn.proj(plain_attention(q[None], k[None], v[None], 4))[0]
+        z[0, f] += gate_a * block.attn.proj(hand_attention(q[None], k[None], v[None], 4))[0]
     z2 = z.clone()
     for s in range(6):
         a = z[0, :, s] + (time[:, 0] if first else 0)
         q, k, v = block.attn_temp.qkv(a).chunk(3, dim=-1)
         z2[0, :, s] += (
-            gate_a * block.attn_temp.proj(plain_attention(q[None], k[None], v[None], 4))[0]
+            gate_a * block.attn_temp.proj(hand_attention(q[None], k[None], v[None], 4))[0]
         )
     k, v = block.cross_attn.kv_linear(y).chunk(2, dim=-1)
     z3 = z2 + block.cross_attn.proj(
-        plain_attention(block.cross_attn.q_linear(z2.flatten(1, 2)), k, v, 4)
+        hand_attention(block.cross_attn.q_linear(z2.flatten(1, 2)), k, v, 4)
     ).view_as(z2)  # fmt: skip
     hidden = block.mlp.fc1(norm(z3) * (1 + scale_m) + shift_m)
     gelu = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
