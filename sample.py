@@ -15,6 +15,7 @@ Shapes, in this file:
 
 import argparse
 import contextlib
+import gc
 import math
 import re
 import time
@@ -28,7 +29,7 @@ from data import (
     T5, VAE, BadInput, command, keyed_generator, pick_device, read_json, write_video, write_whole,
 )  # fmt: skip
 from stdit import (
-    MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, load_weights,
+    MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, find_weights, load_weights,
     newest_checkpoint,
 )  # fmt: skip
 
@@ -445,21 +446,20 @@ def main():
     run = args.run or (args.weights if args.weights and newest_checkpoint(args.weights) else None)
     if run:
         model, state = load_run(run)
-        settings = state["config"] | state["encoders"]
+        c, settings = model.config, state["config"] | state["encoders"]
     elif args.weights:
-        model = STDiT(replace(MODELS[args.model], variant=args.variant)).eval()
-        settings = {"frames": 16, "size": 256, "fps": 8}
+        find_weights(args.weights)  # complain now if there are none
+        c, settings = MODELS[args.model], {"frames": 16, "size": 256, "fps": 8}
     else:
         raise BadInput("nothing to film with: give --run out/toy, or --weights")
     given = {k: getattr(args, k) for k in ("frames", "size", "fps", "vae", "t5")}
     settings |= {k: v for k, v in given.items() if v is not None}
-    frames, size = settings["frames"], settings["size"]
     for what in ("vae", "t5"):
         if what not in settings:
             raise BadInput(f"weights alone bring no {what}: give --{what}, a folder or a Hub name")
-    c, scales = model.config, {} if run else {"space_scale": size / 512, "time_scale": 1.0}
+    frames, size = settings["frames"], settings["size"]
+    scales = {} if run else {"space_scale": size / 512, "time_scale": 1.0}
     scales |= {k: getattr(args, k) for k in ("space_scale", "time_scale") if getattr(args, k)}
-    model.config = replace(c, **scales)
 
     vae = VAE(settings["vae"], device)
     t5 = T5(settings["t5"], c.caption_length, device)
@@ -473,13 +473,18 @@ def main():
             f"the model takes captions of {c.caption_channels} channels and latents of "
             f"{c.in_channels}; --t5 gives {t5.channels}, --vae {vae.channels}: give fitting ones"
         )
+    if not run:
+        model = STDiT(replace(c, variant=args.variant)).eval()
     if args.weights and args.weights != run:
         load_weights(model, args.weights, t5.null_caption)
+    model.config = replace(model.config, **scales)
     y, mask = t5.encode(prompts)
-    del t5  # 9.5 GB of T5-XXL in bf16 are not needed any more
+    del t5  # T5-XXL's 9.5 GB in bf16 are not needed any more
+    gc.collect()
+    stored = f"stored: {c.space_scale}, {c.time_scale}" if run else "weights alone store none"
     print(
-        f"{args.weights or run}: {c.variant}, space_scale={model.config.space_scale}, "
-        f"time_scale={model.config.time_scale} (stored: {c.space_scale}, {c.time_scale})"
+        f"{args.weights or run}: {model.config.variant}, space_scale={model.config.space_scale}, "
+        f"time_scale={model.config.time_scale} ({stored})"
     )
 
     shape = (c.in_channels, frames, size // vae.factor, size // vae.factor)
