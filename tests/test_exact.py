@@ -21,11 +21,14 @@ from diffusers import (
     LatteTransformer3DModel,
     PixArtTransformer2DModel,
 )
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 
 import data
 import sample as S
 from stdit import CrossAttention, SelfAttention, STDiT, STDiTConfig, checkpoint_blocks, load_weights
 
+F64 = torch.float64
 TINY = dict(depth=2, hidden_size=32, num_heads=4, caption_channels=24, caption_length=10)
 THEIRS = dict(num_attention_heads=4, attention_head_dim=8, num_layers=2, cross_attention_dim=32,
               in_channels=4, out_channels=8, patch_size=2, caption_channels=24, sample_size=16,
@@ -108,6 +111,66 @@ def test_the_latte_variant_is_latte(T, H, W, interpolation, scale, dtype, atol, 
     bias = ((1 - mask.to(dtype)) * -10000)[:, None].repeat_interleave(T, dim=0)  # [B*T, 1, L]
     expected = latte.to(dtype)(x, t, y, encoder_attention_mask=bias).sample
     assert_close(model.to(dtype)(x, t, y, mask), expected, atol, cause)
+
+
+def of_parts(pixart, temporal, variant, time_scale, x, t, y, mask):
+    """The three designs that Open-Sora compared with Latte's, put together from the parts of
+    diffusers' PixArt and one more of diffusers' attentions for each block.
+    """
+    B, _, T, H, W = x.shape
+    S = (H // 2) * (W // 2)
+    bias = ((1 - mask.to(x.dtype)) * -10000)[:, None]  # [B, 1, L]
+    rows, embedded = pixart.adaln_single(t, None, batch_size=B, hidden_dtype=x.dtype)
+    y = pixart.caption_projection(y)
+    z = torch.stack([pixart.pos_embed(frame) for frame in x.unbind(2)], dim=1)  # [B, T, S, D]
+    places = torch.arange(T, dtype=F64) / time_scale
+    time = get_1d_sincos_pos_embed_from_grid(32, places, output_type="pt").float().to(x.dtype)
+    for i, block in enumerate(pixart.transformer_blocks):
+        six = (block.scale_shift_table[None] + rows.reshape(B, 6, -1))[:, :, None, None]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = six.unbind(1)
+        if variant == "full":
+            z = z + time[:, None] if i == 0 else z
+            normed = block.norm1(z) * (1 + scale_a) + shift_a
+            z = z + gate_a * block.attn1(normed.flatten(1, 2)).view_as(z)
+        else:
+            normed = block.norm1(z) * (1 + scale_a) + shift_a
+            space = torch.stack([block.attn1(normed[:, f]) for f in range(T)], dim=1)
+            after = z + gate_a * space
+            seen = after if variant == "sequential" else z
+            seen = seen + time[:, None] if i == 0 else seen
+            through = torch.stack([temporal[i](seen[:, :, s]) for s in range(S)], dim=2)
+            z = after + gate_a * through
+        flat = z.flatten(1, 2)
+        z = z + block.attn2(flat, encoder_hidden_states=y, attention_mask=bias).view_as(z)
+        z = z + gate_m * block.ff(block.norm2(z) * (1 + scale_m) + shift_m)
+    shift, scale = (pixart.scale_shift_table[None] + embedded[:, None])[:, :, None, None].unbind(1)
+    z = pixart.proj_out(pixart.norm_out(z) * (1 + scale) + shift)  # [B, T, S, 2*2*8]
+    z = z.view(B, T, H // 2, W // 2, 2, 2, 8).permute(0, 6, 1, 2, 4, 3, 5)
+    return z.reshape(B, 8, T, H, W)
+
+
+@pytest.mark.parametrize("dtype, atol, cause", PRECISIONS)
+@pytest.mark.parametrize("time_scale", [1.0, 1.5])
+@pytest.mark.parametrize("variant", ["full", "sequential", "parallel"])
+@torch.no_grad()
+def test_with_time_it_is_put_together_of_diffusers_parts(
+    variant, time_scale, dtype, atol, cause, tmp_path
+):
+    pixart = randomize(PixArtTransformer2DModel(**THEIRS))
+    temporal = [Attention(32, heads=4, dim_head=8, bias=True) for _ in range(2)]
+    options = dict(variant=variant, time_scale=time_scale, space_scale=(0.5, 1.0))
+    model = carried_over(pixart, tmp_path, **options)
+    for i, theirs in enumerate(temporal):
+        randomize(theirs, seed=i).to(dtype)
+        if variant != "full":
+            ours = model.blocks[i].attn_temp
+            for kind in ("weight", "bias"):
+                parts = [getattr(layer, kind) for layer in (theirs.to_q, theirs.to_k, theirs.to_v)]
+                getattr(ours.qkv, kind).copy_(torch.cat(parts))
+                getattr(ours.proj, kind).copy_(getattr(theirs.to_out[0], kind))
+    batch = inputs(5, 8, 16, dtype)
+    expected = of_parts(pixart.to(dtype), temporal, variant, time_scale, *batch)
+    assert_close(model.to(dtype)(*batch), expected, atol, cause)
 
 
 def released_names(pixart):
@@ -237,9 +300,6 @@ def test_autocast_stays_within_bf16s_rounding_of_eager_fp32(variant):
 
 
 # ------------------------------------------------------------------------ the diffusion process
-
-F64 = torch.float64
-
 
 def exactly(scheduler_class, **options):
     """One of diffusers' schedulers, its tables in float64."""
