@@ -29,8 +29,8 @@ from data import (
     T5, VAE, BadInput, command, keyed_generator, pick_device, read_json, write_video, write_whole,
 )  # fmt: skip
 from stdit import (
-    MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, find_weights, load_weights,
-    newest_checkpoint,
+    MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, load_weights,
+    newest_checkpoint, stored_config,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------
@@ -63,14 +63,13 @@ def make_schedule(steps=1000):
 
 
 def respaced(timesteps):
-    """The schedule that goes through these timesteps, int64 [N], rising, of the training's 1000."""
+    """The schedule through these timesteps of the training's 1000: int64 [N], N >= 2, rising."""
     abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), dim=0)
     abar = abar[timesteps]
     abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
     beta = 1 - abar / abar_prev
-    # beta-tilde: 0 at index 0, where the step back is certain
-    posterior = beta * (1 - abar_prev) / (1 - abar)
-    posterior[0] = posterior[1]  # and its logarithm -inf: IDDPM takes the next one
+    posterior = beta * (1 - abar_prev) / (1 - abar)  # beta-tilde
+    posterior[0] = posterior[1]  # not 0, whose logarithm is -inf: IDDPM takes the next one
     return Schedule(timesteps, abar, abar_prev, beta, posterior.log())
 
 
@@ -191,14 +190,14 @@ def ddim_step(schedule, x, i, eps, v, noise, x0_before=None, eta=0.0):
 def dpm_step(schedule, x, i, eps, v, noise, x0_before=None):
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). With x_0 as it is, this is DDIM's step.
 
-    Time is log(alpha / sigma), half the log SNR; it is infinite at x_0 itself, so the last step is
-    of first order, like the first.
+    Its clock is log(alpha / sigma), half the log SNR; that is infinite at x_0 itself, so the last
+    step is of first order, like the first.
     """
     t = torch.full((len(x),), i)
     x0 = predict_x0(schedule, x, t, eps)
     if x0_before is not None and i > 0:
-        time = 0.5 * torch.log(schedule.abar / (1 - schedule.abar))  # [N]
-        this, last = time[i - 1] - time[i], time[i] - time[i + 1]  # lengths of two steps
+        clock = 0.5 * torch.log(schedule.abar / (1 - schedule.abar))  # [N]
+        this, last = clock[i - 1] - clock[i], clock[i] - clock[i + 1]  # lengths of two steps
         x0 = x0 + 0.5 * (this / last).item() * (x0 - x0_before)
     shrink = ((1 - schedule.abar_prev) / (1 - schedule.abar)).sqrt()  # of sigma
     weight = schedule.abar_prev.sqrt() - shrink * schedule.abar.sqrt()
@@ -206,8 +205,9 @@ def dpm_step(schedule, x, i, eps, v, noise, x0_before=None):
 
 
 def dpm_schedule(steps):
-    """`steps` timesteps evenly spread from 0 to 999, without the 0: from there to x_0 there is next
-    to no noise left, but, by this sampler's clock, an infinite way.
+    """`steps` timesteps evenly spread from 0 to 999, without the 0, as in diffusers. By this
+    sampler's clock it is far to t = 0, and a guess from the last two predictions would overshoot;
+    the last step, which guesses nothing, may start from further out.
     """
     if not 2 <= steps <= 999:
         raise BadInput(f"steps={steps}: expected 2 to 999 with the sampler dpm")
@@ -240,13 +240,13 @@ def autocast(device):
 
 
 def guided(model, x, t, y, mask, guidance):
-    """eps and v, [B, C, T, H, W] each, for x [B, C, T, H, W] at timestep t, a tensor of one number.
+    """eps and v, [B, C, T, H, W] each, for x [B, C, T, H, W] at training timestep t, a tensor [].
     y [2B, L, E], mask [2B, L]: B captions, then B nulls."""
     with autocast(x.device):
         out = model(torch.cat([x, x]), t.expand(2 * len(x)).to(x.device), y, mask).to(x.dtype)
     out, out_null = out.chunk(2)  # 2 x [B, 2C, T, H, W]
     (eps, v), (eps_null, _) = out.chunk(2, dim=1), out_null.chunk(2, dim=1)
-    far, near = eps[:, GUIDED], eps_null[:, GUIDED]
+    far, near, eps = eps[:, GUIDED], eps_null[:, GUIDED], eps.clone()
     eps[:, GUIDED] = near + guidance * (far - near)
     return eps, v
 
@@ -337,8 +337,8 @@ def write_sheet(path, videos, captions):
 
 
 def load_run(run):
-    """(model in eval mode with the averaged weights, state) of a run's newest checkpoint; state
-    holds the run's configuration. BadInput, BadWeights.
+    """(model in eval mode with the averaged weights, state) of a run's newest checkpoint, or of a
+    checkpoint's folder; state holds the run's configuration. BadInput, BadWeights.
     """
     folder = newest_checkpoint(run)
     if folder is None:
@@ -394,20 +394,20 @@ def parse_command_line():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--run", help="run folder of train.py: its averaged weights, model, encoders, defaults")
-    add("--weights", help="or any weights: file, folder, Hub name, Hub name/file")
-    add("--model", default="STDiT-XL/2", help=f"what --weights are: {', '.join(MODELS)}")
-    add("--variant", choices=VARIANTS, default="sequential", help="likewise")
+    add("--run", help="run folder of train.py: its averaged weights, model, encoders and sizes")
+    add("--weights", help="other weights: a file, folder, Hub name or Hub name/file")
+    add("--model", help=f"what the weights are ({', '.join(MODELS)}); default: STDiT-XL/2")
+    add("--variant", choices=VARIANTS, help="their design; default: sequential")
     add("--vae", help="folder or Hub name; default: the run's")
     add("--t5", help="folder or Hub name; default: the run's")
     add("--prompt", action="append", default=[], help="what to film; may be given several times")
     add("--prompts", help="text file with a prompt a line")
-    add("--frames", type=int, help="default: as trained; 16 with --weights")
-    add("--size", type=int, help="pixels; default: as trained; 256 with --weights")
-    add("--fps", type=int, help="frames per second of the files; default: as trained; 8")
-    add("--space-scale", type=float, help="default: as trained; size / 512, PixArt's own size")
-    add("--time-scale", type=float, help="default: as trained; 1")
-    add("--steps", type=int, default=50, help="denoising steps, 2 to 1000; v1: 100")
+    add("--frames", type=int, help="default: the run's, or 16")
+    add("--size", type=int, help="height and width in pixels; default: the run's, or 256")
+    add("--fps", type=int, help="frames per second of the files; default: the run's, or 8")
+    add("--space-scale", type=float, help="place = index / scale; default: as stored, or size/512")
+    add("--time-scale", type=float, help="default: as stored with the weights, or 1 (toy: 0.25)")
+    add("--steps", type=int, default=50, help="denoising steps, 2 to 1000 (dpm: 999); v1: 100")
     add("--guidance", type=float, default=4.0, help="1: none; v1's configs have 7")
     add("--sampler", choices=list(SAMPLERS), default="ddpm")
     add("--seed", type=int, default=0)
@@ -434,38 +434,43 @@ def read_prompts(args):
 def main():
     args, start = parse_command_line(), time.time()
     prompts = read_prompts(args)
-    for name in ("batch", "frames", "size", "fps"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise BadInput(f"{name}={value}: expected 1 or more")
-    if args.model not in MODELS:
-        raise BadInput(f"model={args.model!r} is unknown; expected one of {', '.join(MODELS)}")
+    for name in ("batch", "frames", "size", "fps", "space_scale", "time_scale"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise BadInput(f"{name}={value}: expected more than 0")
     SAMPLERS[args.sampler][0](args.steps)  # complain before anything is loaded
     device = pick_device(args.device)
 
-    # What is filmed with: a run knows its model, encoders and sizes; weights alone do not.
-    run = args.run or (args.weights if args.weights and newest_checkpoint(args.weights) else None)
+    # What is filmed with: a run knows its model, encoders and sizes; weights know at most a model.
+    run, weights = args.run, args.weights
+    if weights and not run and newest_checkpoint(weights):
+        run, weights = weights, None
+    settings = {"frames": 16, "size": 256, "fps": 8}  # and vae, t5; of a run their fingerprints too
     if run:
         model, state = load_run(run)
-        c, settings = model.config, state["config"] | state["encoders"]
-    elif args.weights:
-        find_weights(args.weights)  # complain now if there are none
-        c, settings = MODELS[args.model], {"frames": 16, "size": 256, "fps": 8}
-    else:
+        settings = state["config"] | state["encoders"]
+    elif not weights:
         raise BadInput("nothing to film with: give --run out/toy, or --weights")
+    stored = model.config if run else stored_config(weights)
+    for name in ("model", "variant"):
+        if stored and getattr(args, name):
+            raise BadInput(f"{name}={getattr(args, name)}: {run or weights} knows its own; omit it")
+    if args.model and args.model not in MODELS:
+        raise BadInput(f"model={args.model!r} is unknown; expected one of {', '.join(MODELS)}")
     given = {k: getattr(args, k) for k in ("frames", "size", "fps", "vae", "t5")}
     settings |= {k: v for k, v in given.items() if v is not None}
     for what in ("vae", "t5"):
         if what not in settings:
             raise BadInput(f"weights alone bring no {what}: give --{what}, a folder or a Hub name")
     frames, size = settings["frames"], settings["size"]
-    scales = {} if run else {"space_scale": size / 512, "time_scale": 1.0}
-    scales |= {k: getattr(args, k) for k in ("space_scale", "time_scale") if getattr(args, k)}
+    c = stored or replace(MODELS[args.model or "STDiT-XL/2"], variant=args.variant or "sequential",
+                          space_scale=size / 512)  # fmt: skip
+    scales = {k: getattr(args, k) for k in ("space_scale", "time_scale") if getattr(args, k)}
 
     vae = VAE(settings["vae"], device)
-    t5 = T5(settings["t5"], c.caption_length, device)
     unit = vae.factor * math.lcm(*c.patch_size[1:])
     if frames % c.patch_size[0] or size % unit:
         raise BadInput(f"frames={frames} must divide by {c.patch_size[0]}, size={size} by {unit}")
+    t5 = T5(settings["t5"], c.caption_length, device)
     if run:
         check_encoder(vae, settings, "vae"), check_encoder(t5, settings, "t5")
     if t5.channels != c.caption_channels or vae.channels != c.in_channels:
@@ -473,19 +478,19 @@ def main():
             f"the model takes captions of {c.caption_channels} channels and latents of "
             f"{c.in_channels}; --t5 gives {t5.channels}, --vae {vae.channels}: give fitting ones"
         )
-    if not run:
-        model = STDiT(replace(c, variant=args.variant)).eval()
-    if args.weights and args.weights != run:
-        load_weights(model, args.weights, t5.null_caption)
-    model.config = replace(model.config, **scales)
+    if weights:
+        model = STDiT(c).eval()
+        new = load_weights(model, weights, t5.null_caption)
+        if new:
+            print(f"{weights} is an image model: {len(new)} temporal tensors are as at the start "
+                  "of a training")  # fmt: skip
+    model.config = replace(c, **scales)
     y, mask = t5.encode(prompts)
     del t5  # T5-XXL's 9.5 GB in bf16 are not needed any more
     gc.collect()
-    stored = f"stored: {c.space_scale}, {c.time_scale}" if run else "weights alone store none"
-    print(
-        f"{args.weights or run}: {model.config.variant}, space_scale={model.config.space_scale}, "
-        f"time_scale={model.config.time_scale} ({stored})"
-    )
+    was = f"stored: {stored.space_scale}, {stored.time_scale}" if stored else "none are stored"
+    print(f"{weights or run}: {c.variant}, space_scale={model.config.space_scale}, "
+          f"time_scale={model.config.time_scale} ({was})")  # fmt: skip
 
     shape = (c.in_channels, frames, size // vae.factor, size // vae.factor)
     keys, options = film_keys(args.seed, prompts), {"steps": args.steps, "bar": True}

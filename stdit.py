@@ -50,7 +50,7 @@ class STDiTConfig:
     caption_channels: int = 4096  # E, fixed by the text encoder; 4096: T5-XXL
     caption_length: int = 120  # most caption tokens, and the length of the null caption
     variant: str = "sequential"  # how space and time attend, one of VARIANTS; v1 chose this one
-    space_scale: float | tuple = 1.0  # place = index / scale; 1 at 512x512, 0.5 at 256x256
+    space_scale: float | tuple = 1.0  # place = index / scale, or (h, w); v1: size in pixels / 512
     time_scale: float = 1.0  # index / scale; 1 for every 3rd source frame, 3/2 for every 2nd
 
 
@@ -64,7 +64,7 @@ MODELS = {
         num_heads=4,
         caption_channels=64,
         caption_length=16,
-        space_scale=0.125,  # a grid of 4x4 patches spread over the range that 512x512 has
+        space_scale=0.125,  # 4x4 patches are spread over the range that 512x512 pixels have
         time_scale=0.25,
     ),
 }
@@ -196,15 +196,19 @@ def modulate(x, shift, scale):
 # lets a token look at its own frame (S^2 each) and then at its own patch through time (T^2 each),
 # one after the other in every block, so that two hops connect any two tokens (report, A3). The rest
 # is PixArt-alpha's block: six rows set by the timestep (a table per block + one shared MLP of t,
-# "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to the caption, MLP. That a block
-# starts out as exactly PixArt's is the point: the temporal projection starts at zero, so the first
+# "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to the caption, MLP. That it starts
+# out as exactly PixArt's block is the point: the temporal projection starts at zero, so the first
 # film of a model that starts from PixArt's weights is T of PixArt's pictures (A5).
 #
 # Things that surprise: the temporal attention has no norm and no modulation and shares the spatial
 # one's gate; the cross-attention has neither norm nor gate. So the released weights want it.
 #
-# The report compared four designs (A4); they stand side by side here and differ in nothing else. A
-# block has one self-attention in "full" and two in the others; in "latte" it has a second MLP too.
+# The report compared four designs (A4), and they stand side by side here:
+#     full        one attention over all tokens; the temporal embedding is added to the tokens
+#     sequential  space, then time: v1's choice, of which all this is written
+#     parallel    both from the same tokens, added; its weights have the same names as sequential's
+#     latte       a PixArt block for space, then one for time, with rows and MLP of its own and
+#                 without caption; not zero at the start, so it can't begin as PixArt
 
 
 def along_space(attention, x):
@@ -343,7 +347,9 @@ class FinalLayer(nn.Module):
 
 
 class STDiT(nn.Module):
-    """STDiT-XL/2 at its defaults: 759,620,768 parameters, 610,856,096 of them PixArt-alpha's."""
+    """STDiT-XL/2 at its defaults: 759,620,768 parameters, 610,856,096 of them PixArt-alpha's.
+    Weights are fp32 (or float64); for bf16 there is autocast.
+    """
 
     def __init__(self, config: STDiTConfig):
         super().__init__()
@@ -423,14 +429,12 @@ class STDiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """The model that save_pretrained wrote, from a folder or a Hub name. BadWeights if not."""
-        folder = Path(source) if Path(source).is_dir() else fetch(str(source))
-        try:
-            config = config_from(json.loads((folder / "config.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise BadWeights(f"{source} has no config.json of save_pretrained: {error}") from None
+        """The model of a run, or that save_pretrained wrote, from a folder or a Hub name."""
+        config = stored_config(source)
+        if config is None:
+            raise BadWeights(f"{source} holds no config.json of save_pretrained, and is no run")
         model = cls(config)
-        load_weights(model, folder)
+        load_weights(model, source)
         return model.eval()
 
 
@@ -440,8 +444,8 @@ def config_from(fields):
 
 
 def checkpoint_blocks(model):
-    """Keep only what enters each block, and compute its inside again in the backward pass: a third
-    more work, for the activations of one block instead of all. The numbers stay the same.
+    """Keep for the backward pass what enters each block, and compute its inside again: a third more
+    work, for the memory of one block's inside instead of all. No number changes. Call it once.
     """
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -465,6 +469,8 @@ def drop_captions(y, mask, drop, null):
     one.
     """
     pad = null.shape[0] - y.shape[1]
+    if pad < 0:
+        raise ValueError(f"captions of {y.shape[1]} tokens; the model takes up to {len(null)}")
     # [B, caption_length, E], [B, caption_length]
     y, mask = F.pad(y, (0, 0, 0, pad)), F.pad(mask.bool(), (0, pad))
     return torch.where(drop[:, None, None], null.to(y.dtype), y), mask | drop[:, None]
@@ -497,6 +503,7 @@ DIFFUSERS = {
     "t_block.1": ["adaln_single.linear"],
     "y_embedder.y_proj.fc1": ["caption_projection.linear_1"],
     "y_embedder.y_proj.fc2": ["caption_projection.linear_2"],
+    "y_embedder.y_embedding": ["caption_projection.y_embedding"],  # early versions stored it
     "blocks.N.scale_shift_table": ["transformer_blocks.N.scale_shift_table"],
     "blocks.N.attn.qkv": [f"transformer_blocks.N.attn1.to_{part}" for part in "qkv"],
     "blocks.N.attn.proj": ["transformer_blocks.N.attn1.to_out.0"],
@@ -513,17 +520,21 @@ DIFFUSERS = {
     "final_layer.linear": ["proj_out"],
     "final_layer.scale_shift_table": ["scale_shift_table"],
 }
-NULL_CAPTION = "y_embedder.y_embedding"  # not in diffusers' folders: there, T5 of an empty string
+NULL_CAPTION = "y_embedder.y_embedding"  # diffusers' folders may lack it: T5 of an empty string
 # Passed over if a source has them, for positions are computed for the grid at hand.
 RECOMPUTED = {"pos_embed", "pos_embed_temporal", "pos_embed.pos_embed", "temp_pos_embed"}
 
 
 def diffusers_names(name):
-    """"blocks.3.attn.proj.bias" -> ["transformer_blocks.3.attn1.to_out.0.bias"]."""
-    stem, kind = re.fullmatch(r"(.*?)(\.weight|\.bias|)", name).groups()
-    number = "".join(re.findall(r"^blocks\.(\d+)", name))
-    theirs = DIFFUSERS.get(re.sub(r"^blocks\.\d+", "blocks.N", stem), [stem])
-    return [their.replace(".N.", f".{number}.") + kind for their in theirs]
+    """"blocks.3.attn.proj.bias" -> ["transformer_blocks.3.attn1.to_out.0.bias"];
+    "final_layer.scale_shift_table" -> ["scale_shift_table"].
+    """
+    stem, kind = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups(default="")
+    number = re.search(r"^blocks\.(\d+)", stem)
+    if number:
+        theirs = DIFFUSERS[stem.replace(number[0], "blocks.N", 1)]
+        return [their.replace(".N.", f".{number[1]}.") + kind for their in theirs]
+    return [their + kind for their in DIFFUSERS[stem]]
 
 
 def load_weights(model, source, null_caption=None):
@@ -531,46 +542,45 @@ def load_weights(model, source, null_caption=None):
 
     source: a file (.safetensors, .pth), a folder (a run of train.py, of which the moving average is
     taken; what save_pretrained or diffusers wrote), a Hub name "owner/name", or a file there,
-    "owner/name/file". New may be the temporal tensors, all together: the source is an image model.
-    null_caption: a function that gives [caption_length, E], called if the source brings none.
-    BadWeights in all other cases, and then the model is as before.
+    "owner/name/file". If it has none of the temporal tensors (those with _temp in their name), it
+    is taken for an image model, and they are new. null_caption: a function that gives
+    [caption_length, E], called if the source brings none. BadWeights in all other cases, and then
+    the model is as before.
     """
     found, ours = {}, model.state_dict()
     for path in find_weights(source):
         found |= open_weights(path)
     from_diffusers = "adaln_single.linear.weight" in found
     places = {name: diffusers_names(name) if from_diffusers else [name] for name in ours}
-    new = [name for name in ours if "_temp." in name or name.endswith("_temp")]
+    new = [name for name in ours if "_temp" in name]
     if any(place in found for name in new for place in places[name]):
         new = []  # not an image model
     for name in new:
         del places[name]
-    if NULL_CAPTION not in found and null_caption is not None:
-        found[NULL_CAPTION] = null_caption()
 
     wanted = {place for names in places.values() for place in names}
     lacking, besides = wanted - found.keys(), found.keys() - wanted - RECOMPUTED
-    if lacking == {NULL_CAPTION}:
-        raise BadWeights(f"{source} has no null caption; give one, T5 of the empty string")
+    if lacking == set(places[NULL_CAPTION]) and not besides:
+        if null_caption is None:
+            raise BadWeights(f"{source} has no null caption; give one, T5 of the empty string")
+        found[lacking.pop()] = null_caption()
     if lacking or besides:
-        raise BadWeights(
-            f"{source} lacks {listed(lacking)} and has besides {listed(besides)}; expected a "
-            f"{model.config.variant} model, depth {model.config.depth}"
-        )
+        c, both = model.config, (("lacks", lacking), ("has besides", besides))
+        wrong = " and ".join(f"{verb} {listed(names)}" for verb, names in both if names)
+        raise BadWeights(f"{source} {wrong}; expected a {c.variant} model, depth {c.depth}")
     for place in places["x_embedder.proj.weight"]:
         if found[place].ndim == 4:  # an image model's Conv2d: a Conv3d over one frame
             found[place] = found[place].unsqueeze(2)
-    for name, names in places.items():
-        shape = [sum(len(found[n]) for n in names), *found[names[0]].shape[1:]]
-        if shape != list(ours[name].shape):
-            raise BadWeights(
-                f"{source}: {' + '.join(names)} has shape {shape}, expected "
-                f"{list(ours[name].shape)} for {name}"
-            )
+    for name, names in places.items():  # several are stacked, each with its share of the rows
+        rows, *rest = ours[name].shape
+        for place in names:
+            shape, expected = list(found[place].shape), [rows // len(names), *rest]
+            if shape != expected:
+                raise BadWeights(f"{source}: {place} has shape {shape}, expected {expected}")
 
     with torch.no_grad():
         for name, names in places.items():
-            ours[name].copy_(torch.cat([found[n] for n in names]))
+            ours[name].copy_(torch.cat([found[place] for place in names]))
         for name in new:
             if "attn_temp.proj" in name and model.config.variant != "latte":
                 ours[name].zero_()  # a film begins as T pictures (report, A5)
@@ -578,19 +588,38 @@ def load_weights(model, source, null_caption=None):
 
 
 def listed(names):
-    """"52 tensors (a, b, c, ...)", or "none"."""
+    """"52 tensors (a, b, c, ...)"."""
     first = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
-    return f"{len(names)} tensors ({first})" if names else "none"
+    return f"{len(names)} tensors ({first})"
+
+
+def stored_config(source):
+    """The STDiTConfig that lies beside weights, in a run or where save_pretrained wrote them, with
+    the variant and the scales they were trained with; None if there is none.
+    """
+    path = Path(source) if Path(source).exists() else fetch(str(source))
+    run = newest_checkpoint(path)
+    file = run / "state.json" if run else path / "config.json"
+    try:
+        fields = json.loads(file.read_text()) if file.is_file() else {}
+        fields = fields["model"] if run else fields
+        return config_from(fields) if "caption_length" in fields else None  # else another's
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadWeights(f"{file} is damaged ({error}): expected an STDiTConfig in it") from None
 
 
 def newest_checkpoint(run):
-    """The folder of a run's newest checkpoint, or None."""
+    """The folder of a run's newest checkpoint, or None; a checkpoint's folder is its own."""
+    if (Path(run) / "state.json").is_file():
+        return Path(run)
     found = sorted(Path(run).glob("checkpoints/step_*"))
     return found[-1] if found else None
 
 
 def find_weights(source):
-    """The files that hold the weights of a source, as load_weights takes it: a list of paths."""
+    """The files that hold the weights of a source, as load_weights takes it: a list of paths. In a
+    folder: the newest checkpoint of a run, else diffusers' transformer/, else what lies in it.
+    """
     path = Path(source) if Path(source).exists() else fetch(str(source))
     if path.is_file():
         return [path]
@@ -601,11 +630,11 @@ def find_weights(source):
                 return [folder / f"{name}.safetensors"]
             if (index := folder / f"{name}.safetensors.index.json").is_file():  # of shards
                 return [folder / shard for shard in read_index(index)]
-    files = sorted(p for p in path.iterdir() if p.suffix in (".pth", ".pt", ".safetensors"))
+    files = sorted(p for p in path.glob("*") if p.suffix in (".pth", ".pt", ".safetensors"))
     if len(files) != 1:
         raise BadWeights(
-            f"{source} holds {len(files)} files of weights; expected a run, a folder of "
-            f"save_pretrained or of diffusers, or name one of its files"
+            f"{source} holds {len(files) or 'no'} files of weights; expected a run, a folder of "
+            "save_pretrained or diffusers, or the name of one file (of the Hub: owner/name/file)"
         )
     return files
 
@@ -618,6 +647,15 @@ def read_index(path):
         raise BadWeights(f"{path} is damaged: expected a JSON object with a weight_map") from None
 
 
+# What is fetched of a Hub repository: weights of save_pretrained and of diffusers, in one file or
+# in shards; neither those of its other models nor copies in other formats or precisions.
+LAYOUTS = ["config.json"] + [
+    f"{name}{part}"
+    for name in ("model", "diffusion_pytorch_model", "transformer/diffusion_pytorch_model")
+    for part in (".safetensors", ".safetensors.index.json", "-0*.safetensors")
+]
+
+
 def fetch(source):
     """A Hub name, "owner/name" or "owner/name/file" -> where huggingface_hub has put it."""
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -625,15 +663,14 @@ def fetch(source):
     owner, name, file = (source.split("/", 2) + ["", ""])[:3]
     if not name or owner in ("", ".", "..", "~"):
         raise BadWeights(f"{source} is not there; expected a file, a folder or a Hub name")
-    layouts = ("config.json", "model*.safetensors*", "transformer/*.safetensors*")
     try:
         if file:
             return Path(hf_hub_download(f"{owner}/{name}", file))
-        return Path(snapshot_download(f"{owner}/{name}", allow_patterns=layouts))
+        return Path(snapshot_download(f"{owner}/{name}", allow_patterns=LAYOUTS))
     except Exception as error:  # the Hub's own errors are of a dozen classes
         raise BadWeights(
             f"{source} is neither a path here nor to be had from the Hub "
-            f"({type(error).__name__}); give a file, a folder or a Hub name"
+            f"({type(error).__name__}); check its name, the network, and whether you may read it"
         ) from None
 
 
@@ -646,8 +683,8 @@ def open_weights(path):
                 return {name: file.get_tensor(name) for name in file.keys()}
         # weights_only: a pickle may hold code; nothing but tensors and plain containers is taken
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key in ("ema", "state_dict", "model"):  # training scripts nest them
-            content = content.get(key, content)
+        for key in ("ema", "state_dict_ema", "state_dict", "model"):  # training scripts nest them
+            content = content[key] if isinstance(content.get(key), dict) else content
         return {name: value for name, value in content.items() if torch.is_tensor(value)}
     except pickle.UnpicklingError:
         raise BadWeights(
@@ -664,9 +701,11 @@ def open_weights(path):
 
 def check_hash(path):
     """BadWeights if a checkpoint's file is not the one whose sha256 stands in its state.json."""
-    if not (path.parent / "state.json").is_file():
+    state = path.parent / "state.json"
+    hashes = json.loads(state.read_text()).get("sha256", {}) if state.is_file() else {}
+    if path.stem not in hashes:
         return
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != json.loads((path.parent / "state.json").read_text())["sha256"].get(path.stem):
+    if found != hashes[path.stem]:
         raise BadWeights(f"{path} is damaged: its sha256 is not the one in state.json")

@@ -44,7 +44,7 @@ from sample import (
 )  # fmt: skip
 from stdit import (
     MODELS, VARIANTS, BadWeights, STDiT, checkpoint_blocks, config_from, drop_captions,
-    load_weights, newest_checkpoint, open_weights,
+    load_weights, newest_checkpoint, open_weights, stored_config,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------
@@ -60,8 +60,8 @@ class TrainConfig:
     model: str = "toy"  # a name in stdit.MODELS
     variant: str = "sequential"  # one of stdit.VARIANTS
     init: str = ""  # weights to begin with: whatever stdit.load_weights reads; empty: random ones
-    space_scale: float = 0.0  # place = index / scale; 0: the model's (stdit.MODELS)
-    time_scale: float = 0.0  # likewise
+    space_scale: float = 0.0  # place = index / scale; 0: size / 512, as in v1
+    time_scale: float = 0.0  # likewise; 0: the model's (stdit.MODELS)
     data: str = "toy"  # a cache, a CSV (then the encoders run in every step), or "toy": made here
     held_out: str = ""  # the same, of clips not trained on; empty: 1 in 20 of data's, at most 64
     out: str = "out/toy"  # the run's folder
@@ -140,6 +140,10 @@ def parse_command_line():
         other = sorted(state["config"].keys() - vars(config).keys())
         require(not other, f"{out} is a run of another version, with the fields {', '.join(other)}")
         config = TrainConfig(**state["config"])
+        for name in ("model", "variant", "init", "space_scale", "time_scale"):
+            require(name not in chosen or chosen[name] == getattr(config, name),
+                    f"{name}={chosen.get(name)!r}: {out} has {getattr(config, name)!r}; for "
+                    f"another, start a new run with --init {out}")  # fmt: skip
         steps = chosen.get("steps", config.steps)
         require(
             steps >= state["step"], f"steps={steps}: {out} has done {state['step']}; ask for more"
@@ -782,8 +786,8 @@ def train(config, resume):
             group["lr"] = learning_rate(config, step)
         loss, parts = training_loss(config, parallel, model, batch, encoders, step, process)
         loss.backward()  # DDP averages over ranks: the mean of the whole batch, as shards are equal
-        if on_images(config, step):  # nothing to connect: temporal attention stays as it is, zero
-            for block in model.blocks:
+        if on_images(config, step) and config.variant in ("sequential", "parallel"):
+            for block in model.blocks:  # one frame has nothing to connect: let it be as it is
                 block.attn_temp.zero_grad()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
@@ -873,9 +877,13 @@ def finish(config, model, source, rows, encoders, metrics, process):
 
 def model_config(config):
     """The network's configuration: that of its name, with this run's variant and scales."""
-    model = replace(MODELS[config.model], variant=config.variant)
-    scales = {k: getattr(config, k) for k in ("space_scale", "time_scale") if getattr(config, k)}
-    return replace(model, **scales)
+    model = MODELS[config.model]
+    return replace(
+        model,
+        variant=config.variant,
+        space_scale=config.space_scale or config.size / 512,
+        time_scale=config.time_scale or model.time_scale,
+    )
 
 
 def initialize(config, model, encoders):
@@ -883,13 +891,12 @@ def initialize(config, model, encoders):
     from this run's scales, whatever the weights were trained with: that is how a model of small
     films goes on with large ones (report, T1).
     """
-    new = load_weights(model, config.init, lambda: encoders.t5.null_caption())
-    now = f"space_scale={model.config.space_scale}, time_scale={model.config.time_scale}"
-    stored = "none are stored with it"
-    if (run := newest_checkpoint(config.init)) is not None:
-        m = read_state(run)["model"]
-        stored = f"it was trained with {m['space_scale']}, {m['time_scale']}"
-    return f"from {config.init}: {len(new)} tensors are new; {now} ({stored})"
+    new, was = load_weights(model, config.init, lambda: encoders.t5.null_caption()), "none"
+    vars(encoders).pop("t5", None)  # training from a cache has no room for 10 GB of T5-XXL
+    if (stored := stored_config(config.init)) is not None:
+        was = f"{stored.space_scale}, {stored.time_scale}"
+    return (f"from {config.init}: {len(new)} tensors are new; space_scale="
+            f"{model.config.space_scale}, time_scale={model.config.time_scale} (stored: {was})")
 
 
 def main():

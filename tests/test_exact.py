@@ -1,8 +1,8 @@
 """Every part against an independent implementation: diffusers' networks, schedulers and VAE,
 transformers' T5, torch's eager fp32.
 
-All weights are random, biases and the temporal attention too, and nothing is downloaded. Where
-both sides are in float64, what is left are sinusoids that both round to fp32.
+All weights are random, biases and the temporal attention too, and nothing is downloaded. Positions
+and timestep sinusoids are rounded to fp32 on both sides, also where the rest is float64.
 """
 
 import copy
@@ -35,8 +35,8 @@ THEIRS = dict(num_attention_heads=4, attention_head_dim=8, num_layers=2, cross_a
               attention_bias=True, activation_fn="gelu-approximate", norm_type="ada_norm_single",
               num_embeds_ada_norm=1000, norm_elementwise_affine=False, norm_eps=1e-6)  # fmt: skip
 PRECISIONS = [
-    (torch.float32, 2e-5, "fp32 rounding over two blocks"),
-    (torch.float64, 1e-6, "positions and timestep sinusoids, rounded to fp32 on both sides"),
+    (torch.float32, 1e-5, "fp32 rounding over two blocks"),
+    (torch.float64, 1e-9, "float64"),
 ]
 # Latent height and width, interpolation of diffusers, and the scale that it comes to. THEIRS was
 # made for 8x8 patches: an axis of n patches is spread over them, so its scale is interpolation*n/8.
@@ -44,14 +44,14 @@ GRIDS = [
     (16, 16, 1, 1.0),  # as PixArt at 512x512
     (8, 8, 1, 0.5),  # as at 256x256
     (8, 16, 1, (0.5, 1.0)),
-    (24, 4, 2, (3.0, 0.5)),
+    (24, 4, 2, (3.0, 0.5)),  # diffusers works places out in fp32, and a third is not exact there
 ]
 
 
 def carried_over(theirs, folder, shards="10GB", **config):
     """Our model with the weights of one of diffusers', by way of the folder that it writes."""
     theirs.save_pretrained(folder / "transformer", max_shard_size=shards)
-    model = randomize(STDiT(STDiTConfig(**TINY | config)), seed=9)
+    model = randomize(STDiT(STDiTConfig(**TINY | config)), seed=9)  # not what it is to become
     load_weights(model, folder, lambda: torch.zeros_like(model.y_embedder.y_embedding))
     return model
 
@@ -86,6 +86,8 @@ def test_without_time_it_is_pixart(
     batch = inputs(T, H, W, dtype)
     found, expected = model.to(dtype)(*batch), frame_by_frame(pixart.to(dtype), *batch)
     assert expected.std() > 0.1  # there is something to compare
+    if interpolation == 2:
+        atol, cause = max(atol, 1e-6), "places, in fp32 there and in float64 here"
     assert_close(found, expected, atol, cause)
 
 
@@ -108,6 +110,7 @@ def test_the_latte_variant_is_latte(T, H, W, interpolation, scale, dtype, atol, 
     latte = randomize(LatteTransformer3DModel(**THEIRS, video_length=T))
     model = carried_over(latte, tmp_path, variant="latte", space_scale=scale)
     x, t, y, mask = inputs(T, H, W, dtype)
+    # diffusers' Latte takes a mask only as a bias, and a row of it for each frame
     bias = ((1 - mask.to(dtype)) * -10000)[:, None].repeat_interleave(T, dim=0)  # [B*T, 1, L]
     expected = latte.to(dtype)(x, t, y, encoder_attention_mask=bias).sample
     assert_close(model.to(dtype)(x, t, y, mask), expected, atol, cause)
@@ -145,8 +148,8 @@ def of_parts(pixart, temporal, variant, time_scale, x, t, y, mask):
         z = z + gate_m * block.ff(block.norm2(z) * (1 + scale_m) + shift_m)
     shift, scale = (pixart.scale_shift_table[None] + embedded[:, None])[:, :, None, None].unbind(1)
     z = pixart.proj_out(pixart.norm_out(z) * (1 + scale) + shift)  # [B, T, S, 2*2*8]
-    z = z.view(B, T, H // 2, W // 2, 2, 2, 8).permute(0, 6, 1, 2, 4, 3, 5)
-    return z.reshape(B, 8, T, H, W)
+    z = z.view(B, T, H // 2, W // 2, 2, 2, 8)  # b t h w ph pw c
+    return z.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, 8, T, H, W)  # b c t h ph w pw
 
 
 @pytest.mark.parametrize("dtype, atol, cause", PRECISIONS)
@@ -280,9 +283,12 @@ def test_a_compiled_block_gives_the_numbers_of_eager_fp32():
     model = randomize(STDiT(STDiTConfig(**TINY | dict(depth=1))))  # half a minute a block
     batch = inputs(3, 4, 6, torch.float32)
     expected, _ = loss_and_gradients(model, batch)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for block in model.blocks:
         block.compile()
     found, _ = loss_and_gradients(model, batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # in one piece
     assert_close(found / expected, torch.ones_like(found), 1e-4, "fp32, fused in another order")
 
 
@@ -296,7 +302,7 @@ def test_autocast_stays_within_bf16s_rounding_of_eager_fp32(variant):
         found, _ = loss_and_gradients(model, batch)
     assert not torch.equal(found, expected)  # bf16 was at work
     # bf16 keeps 8 bits: 0.4% a product, in some dozens of products one after the other
-    assert_close(found / expected, torch.ones_like(found), 0.05, "bf16")
+    assert_close(found / expected, torch.ones_like(found), 0.03, "bf16")
 
 
 # ------------------------------------------------------------------------ the diffusion process
@@ -363,7 +369,8 @@ def test_ddim_steps_are_ddim_schedulers(steps, eta):
 def test_dpm_solver_steps_are_dpm_solver_multistep_schedulers(steps):
     scheduler = exactly(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=2)
     scheduler.set_timesteps(steps)
-    schedule = S.respaced(scheduler.timesteps.flip(0))
+    schedule = S.dpm_schedule(steps)
+    assert torch.equal(schedule.timesteps, scheduler.timesteps.flip(0))
     sigma = ((1 - schedule.abar) / schedule.abar).sqrt().flip(0)
     scheduler.sigmas = torch.cat([sigma, torch.zeros(1, dtype=F64)])  # in float64
     x = film()
@@ -400,7 +407,8 @@ def test_vlb_is_the_numerical_integral_of_the_kl(steps, i):
     noise = torch.randn(1, dtype=F64, generator=copy.deepcopy(g))
     mean = scheduler.step(out, told, x_t, generator=g).prev_sample.flatten()
     mean = mean - noise * (log_var / 2).exp()
-    # the true one, up to a factor, is q(x_{t-1} | x_0) q(x_t | x_{t-1}): on a grid where it is large
+    # the true one, up to a factor, is q(x_{t-1} | x_0) q(x_t | x_{t-1}), a product of two Gaussians
+    # in x_{t-1}; the grid lies around its top, and its value there is divided off
     before, beta = schedule.abar_prev[i], schedule.beta[i]
     precision = 1 / (1 - before) + (1 - beta) / beta
     top = (before.sqrt() * 0.4 / (1 - before) - (1 - beta).sqrt() * 0.7 / beta) / precision
@@ -428,7 +436,7 @@ def test_vlb_at_t_0_is_the_numerical_integral_over_a_bin():
     density = torch.exp(-((grid - mean.flatten()[:, None]) ** 2) / (2 * log_var.exp()))
     mass = torch.trapezoid(density, grid) / (2 * torch.pi * log_var.exp()).sqrt()
     loss = S.diffusion_loss(S.TRAINING, torch.cat([eps, v], 1), x0, x_t, torch.tensor([0]), eps)
-    assert_close(loss["vlb"], -mass.log2().mean()[None], 1e-7, "trapezoids of width 4e-7")
+    assert_close(loss["vlb"], -mass.log2().mean()[None], 1e-9, "trapezoids of width 4e-7")
 
 
 # ------------------------------------------------------------------------ the frozen encoders

@@ -3,6 +3,7 @@ and the two commands that use it.
 """
 
 import json
+import shutil
 import sys
 import weakref
 from dataclasses import replace
@@ -12,12 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, randomize
 from diffusers import PixArtTransformer2DModel
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import data
 import sample
 import train
-from stdit import MODELS, BadWeights, STDiT, STDiTConfig, load_weights
+from stdit import LAYOUTS, MODELS, BadWeights, STDiT, STDiTConfig, load_weights
 
 TINY = STDiTConfig(depth=2, hidden_size=32, num_heads=4, caption_channels=24, caption_length=10)
 
@@ -129,11 +131,43 @@ def test_names_of_the_hub(hub, hub_folder):
 def test_of_a_run_the_average_is_taken_and_of_a_file_what_is_in_it(toy, tmp_path):
     run = train_toy(toy, tmp_path / "run", steps=2)
     folder = run / "checkpoints/step_00000002"
+    ema, raw = (load_file(folder / f"{file}.safetensors") for file in ("ema", "model"))
+    assert any(not torch.equal(ema[name], raw[name]) for name in ema)
     for source, file in ((run, "ema"), (folder, "ema"), (folder / "model.safetensors", "model")):
         model = randomize(STDiT(MODELS["toy"]))
         assert load_weights(model, source) == []
         expected = load_file(folder / f"{file}.safetensors")
         assert all(torch.equal(v, expected[name]) for name, v in model.state_dict().items())
+
+
+def test_of_a_hub_repository_only_the_weights_are_fetched():
+    """What is asked for, on lists of files like those of the repositories that the README names."""
+    of_diffusers = ["model_index.json", "tokenizer/spiece.model", "vae/config.json",
+                    "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+                    "text_encoder/model-00001-of-00002.safetensors",
+                    "text_encoder/model.safetensors.index.json", "transformer/config.json",
+                    "transformer/diffusion_pytorch_model.fp16.safetensors"]  # fmt: skip
+    weights = [f"transformer/diffusion_pytorch_model{part}.safetensors"
+               for part in ("", "-00001-of-00002", "-00002-of-00002")]  # fmt: skip
+    weights += ["transformer/diffusion_pytorch_model.safetensors.index.json"]
+    fetched = filter_repo_objects(of_diffusers + weights, allow_patterns=LAYOUTS)
+    assert sorted(fetched) == sorted(weights)
+    ours = ["config.json", "model.safetensors"]
+    other = ["README.md", "model.bin", "v1.pth"]
+    assert list(filter_repo_objects(ours + other, allow_patterns=LAYOUTS)) == ours
+
+
+def test_a_null_caption_in_diffusers_format_is_found(hub_folder, tmp_path):
+    """Early versions of diffusers stored it with the caption's projection."""
+    folder = tmp_path / "transformer"
+    shutil.copytree(hub_folder / "transformer", folder)
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    index["weight_map"]["caption_projection.y_embedding"] = "more.safetensors"
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"caption_projection.y_embedding": torch.ones(16, 64)}, folder / "more.safetensors")
+    model = randomize(STDiT(MODELS["toy"]))
+    load_weights(model, tmp_path)
+    assert torch.equal(model.y_embedder.y_embedding, torch.ones(16, 64))
 
 
 def test_new_temporal_weights_start_with_a_projection_of_zero(hub_folder):
@@ -220,7 +254,10 @@ BAD = {
                              "weights.pth can't be read"),
     "unknown names": (as_pth(lambda w: {f"net.{k}": v for k, v in w.items()}),
                       r"lacks 46 tensors .*and has besides 54 tensors \(net\."),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds 0 files of weights"),
+    "a number for a tensor": (as_pth(lambda w: w | {"t_block.1.bias": torch.tensor(1.0)}),
+                              r"t_block.1.bias has shape \[\], expected \[192\]"),
+    "nothing nested": (as_pth(lambda w: {"ema": None, "state_dict": 3}), "lacks 46 tensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no files of weights"),
     "a missing shard": (sharded, "model-00001-of-00002.safetensors can't be read"),
     "a broken index": (lambda f: (sharded(f), (f / "model.safetensors.index.json").write_text("[")),
                        "index.json is damaged"),
@@ -235,6 +272,24 @@ def test_bad_weights_get_one_clear_line_and_change_nothing(case, tmp_path, monke
     damage(tmp_path / "source")
     check_refused(tmp_path / "source", message)
     assert not Path("it_ran").exists()
+
+
+@pytest.mark.parametrize("shapes", [
+    {"to_q": (16, 32), "to_k": (48, 32)}, {"to_k": (32, 16)}, {"to_v": ()},
+])  # fmt: skip
+def test_parts_that_only_add_up_to_the_right_shape_are_refused(shapes, tmp_path):
+    theirs = PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, num_layers=2, cross_attention_dim=32,
+        caption_channels=24, sample_size=16,
+    ).state_dict()  # fmt: skip
+    for part, shape in shapes.items():
+        theirs[f"transformer_blocks.1.attn1.{part}.weight"] = torch.zeros(shape)
+    save_file(theirs, tmp_path / "model.safetensors")
+    model = randomize(STDiT(TINY), seed=3)
+    before = {name: v.clone() for name, v in model.state_dict().items()}
+    with pytest.raises(BadWeights, match=r"blocks.1.attn1.to_. has shape|to_..weight has shape"):
+        load_weights(model, tmp_path, lambda: torch.zeros(10, 24))
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("change, message", [
@@ -276,12 +331,17 @@ def train_toy(toy, out, **options):
 
 
 def test_training_begins_with_weights_and_its_own_scales(toy, hub_folder, tmp_path, capsys):
-    first = train_toy(toy, tmp_path / "first", init=str(hub_folder), t5=str(hub_folder))
+    # with a learning rate of 0 a run has at its end what it began with
+    options = dict(init=str(hub_folder), t5=str(hub_folder), lr=0.0)
+    first = train_toy(toy, tmp_path / "first", **options)
     assert "16 tensors are new" in capsys.readouterr().out
-    # with a learning rate of 0 the second run still has at its end what it began with
+    torch.manual_seed(0)  # as the run seeds it, so its new temporal weights are the same
+    expected = STDiT(MODELS["toy"])
+    load_weights(expected, hub_folder, data.T5("assets/t5", 16).null_caption)
+    assert same(sample.load_run(first)[0], expected)
     options = dict(init=str(first), lr=0.0, space_scale=0.25, time_scale=1.5)
     second = train_toy(toy, tmp_path / "second", **options)
-    assert "space_scale=0.25, time_scale=1.5 (it was trained with 0.125, 0.25)" in (
+    assert "space_scale=0.25, time_scale=1.5 (stored: 0.125, 0.25)" in (
         capsys.readouterr().out)  # fmt: skip
     a, b = (sample.load_run(run)[0] for run in (first, second))
     assert same(a, b) and b.config == replace(MODELS["toy"], space_scale=0.25, time_scale=1.5)
@@ -291,7 +351,9 @@ def test_training_begins_with_weights_and_its_own_scales(toy, hub_folder, tmp_pa
 
 @pytest.mark.parametrize("variant", ["full", "parallel", "latte"])
 def test_every_variant_trains_and_films(variant, toy, tmp_path, monkeypatch):
-    run = train_toy(toy, tmp_path / "run", variant=variant, checkpointing=True)
+    run = train_toy(
+        toy, tmp_path / "run", variant=variant, checkpointing=True, steps=2, image_share=0.5
+    )
     films = film(monkeypatch, tmp_path, "--run", run)
     assert films == ["00_a.gif", "00_a.mp4", "sheet.png"]
 
@@ -326,7 +388,7 @@ def test_films_from_released_weights(name, hub, hub_folder, tmp_path, monkeypatc
     options = "--model", "toy", "--vae", source, "--t5", source, "--frames", 4, "--size", 64
     names = ["00_a.gif", "00_a.mp4", "sheet.png"]
     assert film(monkeypatch, tmp_path, "--weights", source, *options) == names
-    assert "space_scale=0.125, time_scale=1.0" in capsys.readouterr().out
+    assert "space_scale=0.125, time_scale=0.25 (none are stored)" in capsys.readouterr().out
     # Open-Sora's way: one .pth, under ema
     model = randomize(STDiT(MODELS["toy"]))
     torch.save({"ema": model.state_dict()}, tmp_path / "v1.pth")
@@ -339,6 +401,7 @@ def test_films_from_released_weights(name, hub, hub_folder, tmp_path, monkeypatc
     (["--weights", "nowhere.pth"], "nowhere.pth is not there"),
     (["--weights", "PIXART"], "the model takes captions of 4096 channels"),
     (["--weights", "PIXART", "--model", "toys"], "model='toys' is unknown"),
+    (["--weights", "PIXART", "--space-scale", "0"], "space_scale=0.0: expected more than 0"),
     (["--weights", "PIXART", "--model", "toy", "--size", "72"], "size=72 by 16"),
 ])  # fmt: skip
 def test_bad_weights_end_the_command_with_one_line(
@@ -353,6 +416,46 @@ def test_bad_weights_end_the_command_with_one_line(
     error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
     assert not (tmp_path / "films").exists()
+
+
+def test_saved_models_and_runs_keep_their_own_variant_and_scales(
+    toy, tmp_path, monkeypatch, capsys
+):
+    encoders = "--vae", "assets/vae", "--t5", "assets/t5", "--frames", 2, "--size", 64
+    config = replace(MODELS["toy"], variant="parallel", space_scale=0.3, time_scale=0.7)
+    randomize(STDiT(config)).save_pretrained(tmp_path / "saved")
+    film(monkeypatch, tmp_path, "--weights", tmp_path / "saved", *encoders)
+    assert "parallel, space_scale=0.3, time_scale=0.7 (stored: 0.3, 0.7)" in capsys.readouterr().out
+    run = train_toy(toy, tmp_path / "run")
+    assert same(STDiT.from_pretrained(run), sample.load_run(run)[0])
+    raw = run / "checkpoints/step_00000001/model.safetensors"
+    film(monkeypatch, tmp_path, "--weights", run, out="a")  # knows everything
+    film(monkeypatch, tmp_path, "--weights", raw.parent, out="b")
+    film(monkeypatch, tmp_path, "--run", run, "--weights", raw, "--space-scale", 0.25, out="c")
+    assert "space_scale=0.25, time_scale=0.25 (stored: 0.125, 0.25)" in capsys.readouterr().out
+    files = [(tmp_path / out / "00_a.mp4").read_bytes() for out in "abc"]
+    assert files[0] == files[1] != files[2]
+    saved = "--weights", tmp_path / "saved", *encoders
+    for source in (("--run", run), ("--weights", run), saved):
+        with pytest.raises(data.BadInput, match="variant=latte: .* knows its own; omit it"):
+            film(monkeypatch, tmp_path, *source, "--variant", "latte")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"caption_length": 3, "net": 1}', "{}"])
+def test_from_pretrained_names_what_is_no_config(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BadWeights, match=r"config.json") as error:
+        STDiT.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_resumed_run_keeps_its_model(toy, tmp_path, monkeypatch):
+    run = train_toy(toy, tmp_path / "run")
+    for option, value in (("variant", "latte"), ("init", "elsewhere"), ("space_scale", 0.5)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(run),
+                                          f"--{option}", str(value)])  # fmt: skip
+        with pytest.raises(data.BadInput, match=f"{option}=.*start a new run with --init"):
+            train.parse_command_line()
 
 
 def test_weights_alone_need_encoders(hub_folder, tmp_path, monkeypatch):
