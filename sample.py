@@ -26,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 from data import (
-    T5, VAE, BadInput, command, keyed_generator, pick_device, read_json, write_video, write_whole,
+    HELD_OUT, T5, TRIPLES, VAE, BadInput, caption_of, command, detect, keyed_generator, pick_device,
+    read_json, write_video, write_whole,
 )  # fmt: skip
 from stdit import (
     MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, load_weights,
@@ -387,6 +388,45 @@ def film(model, vae, y, mask, keys, shape, batch=8, **options):
         latents = sample(model, y_part, mask_part, shape, keys[i : i + batch], **options)
         films += list(to_uint8(vae.decode(latents).transpose(1, 2)))  # [T, 3, H, W] each
     return films
+
+
+def caption_accuracy(model, vae, t5, times, seed, shape, rank=0, world=1, **options):
+    """Film every caption of the toy, times[0] times if training showed it, else times[1] times, and
+    let data.detect judge. -> 10 counts: of seen captions the films, and those right in all, in
+    colour, shape and direction; then the same of unseen ones. Of `world` processes each films its
+    part; counts are to be summed.
+    """
+    triples = [t for t in TRIPLES for _ in range(times[t in HELD_OUT])]
+    prompts = [caption_of(t) for t in triples]
+    keys, mine, counts = film_keys(seed, prompts), slice(rank, None, world), [0] * 10
+    y, mask = t5.encode(prompts[mine])
+    videos = film(model, vae, y, mask, keys[mine], shape, batch=32, **options)
+    for triple, video in zip(triples[mine], videos):
+        found, base = detect(video) or ("none",) * 3, 5 * (triple in HELD_OUT)
+        right = [a == b for a, b in zip(triple, found)]
+        for k, hit in enumerate([True, all(right), *right]):
+            counts[base + k] += hit
+    return counts
+
+
+def describe(counts):
+    """The counts of caption_accuracy in words, a line for each kind of caption."""
+    lines = []
+    for kind, (n, right, *parts) in (("seen", counts[:5]), ("held-out", counts[5:])):
+        low, high = interval(right, max(n, 1))
+        shares = zip(("colour", "shape", "direction"), parts)
+        lines.append(f"caption accuracy, {kind} captions: {right / max(n, 1):.1%} of {n} films "
+                     f"(95% interval {low:.0%} to {high:.0%}); "
+                     + ", ".join(f"{name} {part / max(n, 1):.0%}" for name, part in shares))  # fmt: skip
+    return "\n".join(lines)
+
+
+def interval(k, n):
+    """95% interval of a share of k in n (Wilson 1927)."""
+    z = 1.96
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
+    return centre - half, centre + half
 
 
 def parse_command_line():

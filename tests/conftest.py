@@ -16,6 +16,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and nothing tries t
 import data  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; run them with: python -m pytest -m slow")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
 def assert_close(found, expected, atol, cause):
     """Equal up to atol, which has this cause; a failure prints the largest difference."""
     worst = (found - expected).abs().max().item()

@@ -4,6 +4,7 @@ command lines.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, randomize
 from safetensors.torch import load_file
 
 import data
 import sample
+import stdit
 import train
 from stdit import BadWeights
 from train import TrainConfig
@@ -79,21 +81,24 @@ def options_of(config):
 
 
 def test_every_clip_comes_once_an_epoch_in_an_order_of_its_own():
-    source = {(row, position): row for row in range(10) for position in range(40)}
+    source = {(row, position): {"row": row} for row in range(10) for position in range(40)}
     stream = train.Stream(source, list(range(10)), seed=0)
-    epochs = [[stream[e * 10 + i] for i in range(10)] for e in range(4)]
+    epochs = [[stream[e * 10 + i]["row"] for i in range(10)] for e in range(4)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_processes_share_the_positions_of_a_step(world):
-    config = TrainConfig(batch_size=8)
-    parts = [
-        list(train.positions_of(5, config, train.Process(rank, world, "cpu")))
-        for rank in range(world)
-    ]
-    assert sum(parts, []) == list(range(40, 48)) and len({len(p) for p in parts}) == 1
+@pytest.mark.parametrize("world, micro_batch", [(1, 0), (1, 2), (2, 0), (2, 2), (4, 1), (4, 0)])
+def test_processes_and_micro_batches_share_the_positions_of_a_step(world, micro_batch):
+    config, positions = TrainConfig(batch_size=8, micro_batch=micro_batch, steps=7), []
+    for rank in range(world):
+        process = train.Process(rank, world, "cpu")
+        taken = list(train.Batches(config, 5, process))
+        n = train.micro_batches(config, process)
+        assert len(taken) == len(train.Batches(config, 5, process)) == 2 * n
+        assert taken[n] == list(train.positions_of(6, 0, config, process))
+        positions += sum(taken[:n], [])
+    assert sorted(positions) == list(range(40, 48))
 
 
 def test_draws_hang_on_the_position_alone():
@@ -198,32 +203,282 @@ def test_resume_after_sigkill_is_exact(config):
     assert_same_weights(config.out, killed.out)
 
 
-def test_two_processes_give_the_losses_of_one(config):
-    config = replace(config, steps=20, save_every=20, eval_every=20)
-    two = replace(config, out=config.out + "2")
-    options = options_of(two)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        ROOT / "train.py",
-        *options,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    train.train(config, resume=False)
-    a, b = metrics_of(config.out), metrics_of(two.out)
-    assert len(a) == len(b) == 21 and all(x.keys() == y.keys() for x, y in zip(a, b))
-    for x, y in zip(a, b):
-        for name in {"loss", "mse", "vlb"} & x.keys():
-            # fp32: sums in another order, over 20 steps
-            assert abs(x[name] / y[name] - 1) < 1e-5, (x, y)
-        assert all(
-            abs(p / q - 1) < 1e-5 for p, q in zip(x.get("held_out", []), y.get("held_out", []))
-        )
+def launch(config, processes=1, script=ROOT / "train.py", resume=False):
+    """Start train.py, or a script in its place, with a configuration; -> the running process."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    start = [*torchrun, str(processes)] if processes > 1 else [sys.executable]
+    return subprocess.Popen([*start, str(script), *options_of(config), *["--resume"] * resume],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def assert_same_numbers(a, b, bound):
+    """Losses, gradient norms and held-out losses of two runs, and their last weights. On other
+    processes, sums are taken in another order: fp32 rounding, which a few steps multiply.
+    """
+    a_lines, b_lines = metrics_of(a), metrics_of(b)
+    assert [m["step"] for m in a_lines] == [m["step"] for m in b_lines]
+    for x, y in zip(a_lines, b_lines):
+        assert x.keys() == y.keys()
+        for name in {"loss", "mse", "vlb", "grad_norm"} & x.keys():
+            assert abs(x[name] / y[name] - 1) < bound, (x, y)
+        for p, q in zip(x.get("held_out", []), y.get("held_out", [])):
+            assert abs(p / q - 1) < bound, (x, y)
+    a, b = weights_of(a), weights_of(b)
+    for name in a:  # AdamW divides by the gradient's size, so tiny gradients' rounding counts
+        off = (a[name] - b[name]).norm() / a[name].norm().clamp(min=1e-3)
+        assert off < 100 * bound, (name, off)
+
+
+def test_two_processes_with_two_micro_batches_give_the_numbers_of_one(config, tmp_path):
+    config = replace(config, steps=12, save_every=4, films=2, film_every=6, film_steps=2)
+    two = replace(config, out=config.out + "2", micro_batch=1)
+    process = launch(two, 2)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    train.train(config)
+    assert_same_numbers(config.out, two.out, 1e-5)
+    for name in ("films/step_00000006.gif", "films.gif", "films.png"):
+        assert (Path(two.out) / name).is_file()
+    # from two processes back to one: it ends the same
+    for name in ("step_00000008", "step_00000012"):
+        shutil.rmtree(Path(two.out) / "checkpoints" / name)
+    train.train(two, resume=True)
+    assert_same_numbers(config.out, two.out, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, micro_batch", [(2, 0), (4, 0), (4, 1), (2, 1)])
+def test_any_number_of_processes_gives_the_numbers_of_one(config, processes, micro_batch):
+    """1 x 8, 2 x 4, 4 x 2, 4 x 1 x 2, 2 x 1 x 4; then from 2 to 4 processes and back to 1."""
+    config = replace(config, batch_size=8, steps=12, save_every=4)
+    other = replace(config, out=config.out + "2", micro_batch=micro_batch)
+    train.train(config)
+    assert launch(other, processes).wait() == 0
+    assert_same_numbers(config.out, other.out, 1e-5)
+    for count, last in ((8 // processes, 4), (1, 8)):
+        for folder in (Path(other.out) / "checkpoints").glob("step_*"):
+            if int(folder.name[5:]) > last:
+                shutil.rmtree(folder)
+        process = launch(other, count, resume=True)
+        assert process.communicate() and process.returncode == 0
+        assert_same_numbers(config.out, other.out, 1e-5)
+
+
+# --- what may be restricted, and what may be recomputed or compiled
+
+
+@pytest.mark.parametrize("trained, kinds", [
+    ("temporal", {True}), ("not-temporal", {False}), ("not-cross", {True, False}),
+])  # fmt: skip
+def test_what_is_not_trained_stays_without_gradient_and_optimizer_state(
+    config, trained, kinds, tmp_path
+):
+    model = randomize(train.STDiT(train.MODELS["toy"]))  # not zero, so that all could learn
+    model.save_pretrained(tmp_path / "init")
+    options = dict(trained=trained, image_share=0.0, steps=3, init=str(tmp_path / "init"))
+    config = replace(config, **options)
+    train.train(config)
+    before, after = model.state_dict(), weights_of(config.out)
+    learns = {name for name in before if train.TRAINED[trained](name) and "y_embedding" not in name}
+    assert {"_temp" in name for name in learns} == kinds
+    changed = {n for n in before if not torch.equal(before[n], after[f"model.{n}"])}
+    moments = {n.removeprefix("optimizer.").rsplit(".", 1)[0] for n in after if "exp_avg_sq" in n}
+    assert changed <= learns == moments and len(changed) > 0.8 * len(learns)
+    assert all(torch.equal(before[n], after[f"ema.{n}"]) for n in before.keys() - learns)
+    train.train(replace(config, steps=5), resume=True)
+
+
+@pytest.mark.parametrize("option", ["checkpointing",
+                                    pytest.param("compile", marks=pytest.mark.slow)])  # fmt: skip
+def test_recomputed_or_compiled_blocks_give_the_same_losses(config, option):
+    if option == "compile" and not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("no C++ compiler here")
+    config = replace(config, steps=4, eval_every=4, image_share=0.0, save_every=4)
+    other = replace(config, out=config.out + "2", **{option: True})
+    train.train(config), train.train(other)
+    assert_same_numbers(config.out, other.out, 1e-9 if option == "checkpointing" else 1e-4)
+
+
+def test_checkpointing_keeps_less_and_the_prediction_says_so():
+    def kept(config):
+        """Bytes that a forward pass keeps for the backward pass."""
+        model, held = train.STDiT(train.MODELS["toy"]), {}
+        if config.checkpointing:
+            train.checkpoint_blocks(model)
+
+        def hold(v):
+            held[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+            return v
+
+        x = torch.randn(16, *train.latent_shape(config))
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda v: v):
+            out = model(x, torch.zeros(16), torch.randn(16, 16, 64))
+        return sum(held.values()) - 4 * sum(p.numel() for p in model.parameters()), out
+
+    process = train.Process(0, 1, "cpu")
+    plain, less = TrainConfig(), TrainConfig(checkpointing=True)
+    bytes_plain, bytes_less = kept(plain)[0], kept(less)[0]
+    assert bytes_less < 0.35 * bytes_plain
+    model = train.STDiT(train.MODELS["toy"])
+    fixed = 20 * sum(p.numel() for p in model.parameters())
+    predicted = 1e9 * train.predicted_memory(plain, model, process) - fixed
+    assert 0.8 < predicted / bytes_plain < 1.1  # it leaves out the embedders and the last layer
+
+
+# --- presets
+
+
+def test_the_stages_are_v1s_and_corresponding_places_agree():
+    stages = ["16x256x256", "16x256x256-hq", "16x512x512", "64x512x512"]
+    assert [train.PRESETS[s].init for s in stages][1:] == [train.PRESETS[s].out for s in stages][:3]
+    assert [train.PRESETS[s].batch_size for s in stages[:3]] == [512, 512, 128]
+    for stage in stages:
+        config = train.PRESETS[stage]
+        train.check(replace(config, data="somewhere"), world=8)
+        assert f"{config.frames}x{config.size}" in stage and config.lr == 2e-5
+    small, large = (train.model_config(train.PRESETS[s]) for s in (stages[1], stages[2]))
+    a = stdit.spatial_embedding(16, 16, 1152, small.space_scale, torch.device("cpu"))
+    b = stdit.spatial_embedding(32, 32, 1152, large.space_scale, torch.device("cpu"))
+    assert torch.equal(a.view(16, 16, -1), b.view(32, 32, -1)[::2, ::2])
+    short, long = (train.PRESETS[s] for s in stages[2:])
+    for source_frame in (0, 6, 12, 30):  # the same moment of the source, at stride 3 and at 2
+        embeddings = [
+            stdit.temporal_embedding(40, 1152, config.time_scale, torch.device("cpu"))[
+                source_frame // config.stride
+            ]
+            for config in (short, long)
+        ]
+        assert torch.equal(*embeddings)
+
+
+def test_the_24_gb_preset_fits_by_prediction():
+    config = train.PRESETS["16x256x256-24gb"]
+    model = train.STDiT(replace(train.model_config(config), depth=1))
+    for name, p in model.named_parameters():
+        p.requires_grad_(train.TRAINED[config.trained](name))
+    block = sum(p.numel() for p in model.blocks.parameters())
+    temporal = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.config = replace(model.config, depth=28)
+    predicted = train.predicted_memory(config, model, train.Process(0, 1, "cpu"))
+    predicted += 27 * (4 * block + 16 * temporal) / 1e9  # the other 27 blocks
+    assert 5 < predicted < 20, predicted  # fp32 activations on the CPU, so more than bf16's
+
+
+# --- faults
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_many_end_the_run(config, monkeypatch):
+    config, loss = replace(config, image_share=0.0), train.training_loss
+
+    def sometimes(*args):
+        step = args[5].start // config.batch_size
+        return loss(*args) * (float("nan") if step in bad else 1)
+
+    monkeypatch.setattr(train, "training_loss", sometimes)
+    bad = {2, 5}
+    train.train(config)
+    lines = [m for m in metrics_of(config.out) if "loss" in m]
+    assert [m["skipped"] for m in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert all(torch.isfinite(v).all() for v in weights_of(config.out).values())
+    bad, other = set(range(4, 99)), replace(config, out=config.out + "2", bad_steps=3)
+    with pytest.raises(data.BadInput, match="3 steps in a row .* last checkpoint is .*step_00000006"):
+        train.train(other)
+    assert all(torch.isfinite(v).all() for v in weights_of(other.out).values())
+
+
+def test_what_one_rank_meets_all_ranks_know(config, tmp_path):
+    """One of two processes has a gradient that is not a number, then a sample that can't be read:
+    both skip the step, both stop, the first saves, and the message is that of the second.
+    """
+    script = tmp_path / "broken.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, train
+loss, read = train.training_loss, train.Stream.__getitem__
+def training_loss(*args):
+    step = args[5].start // args[0].batch_size
+    return loss(*args) * (float("nan") if step == 2 and args[5].start % 4 else 1)
+def getitem(self, position):
+    if position == 6 * 4 + 3:
+        raise data.BadInput("shard_7 is damaged")
+    return read(self, position)
+train.training_loss, train.Stream.__getitem__ = training_loss, getitem
+data.command(train.main)
+""")
+    process = launch(replace(config, save_every=100), 2, script)
+    output, errors = process.communicate()
+    assert process.returncode != 0 and "error [rank 1]: shard_7 is damaged" in errors
+    assert "step 3: its gradient is nan; skipped (1 in a row)" in output
+    assert "stopped after step 6, saved" in output and "Traceback (most recent" not in output
+    assert sample.newest_checkpoint(config.out).name == "step_00000006"
+    assert [m["skipped"] for m in metrics_of(config.out) if "loss" in m] == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_damaged_shard_in_mid_epoch_saves_and_stops(config, toy, tmp_path):
+    """... and once the shard is mended, the run ends as if nothing had been."""
+    cache = shutil.copytree(toy / "cache_train", tmp_path / "cache")
+    config = replace(config, data=str(cache), out=str(tmp_path / "a"))
+    (shard,) = cache.glob("shard_*")
+    whole = shard.read_bytes()
+    train.train(config)
+    broken = replace(config, out=str(tmp_path / "b"))
+    data.open_shard.cache_clear()
+    shard.write_bytes(whole[:-5000] + bytes(5000))  # the last samples
+    with pytest.raises(data.BadInput, match="shard_00000.*is damaged"):
+        train.train(broken)
+    step = int(sample.newest_checkpoint(broken.out).name[5:])
+    assert 0 < step < 8 and len([m for m in metrics_of(broken.out) if "loss" in m]) == step
+    data.open_shard.cache_clear()
+    shard.write_bytes(whole)
+    train.train(broken, resume=True)
+    assert_same_weights(config.out, broken.out)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on files there")
+def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so(config):
+    import resource
+
+    config = replace(config, save_every=3)
+    train.train(replace(config, steps=3))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))  # a model has 6 MB
+    try:
+        with pytest.raises(data.BadInput, match="step_00000006 can't be written.*step_00000003"):
+            train.train(replace(config, steps=8), resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = Path(config.out) / "checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step_00000003"]
+    train.train(replace(config, steps=8), resume=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
+def test_sigterm_finishes_the_step_saves_and_exits_0(config):
+    config = replace(config, steps=400, save_every=1000, eval_every=1000)
+    process = launch(config)
+    while not (Path(config.out) / "metrics.jsonl").exists() or len(metrics_of(config.out)) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    step = int(sample.newest_checkpoint(config.out).name[5:])
+    assert process.returncode == 0 and 0 < step < 400
+    assert f"stopped after step {step}, saved; go on: --resume --out {config.out}" in output
+    assert [m["step"] for m in metrics_of(config.out)] == list(range(1, step + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    ["--signal", "KILL"], ["--signal", "TERM"],
+    ["--signal", "KILL", "--processes", "2", "--micro_batch", "1", "--workers", "2"],
+    ["--signal", "TERM", "--processes", "2", "--micro_batch", "1", "--workers", "2"],
+])  # fmt: skip
+def test_five_interruptions_leave_no_trace(options, tmp_path):
+    """python -m pytest -m slow -k interruptions; see tests/kill_loop.py, which also does 50."""
+    script = Path(__file__).with_name("kill_loop.py")
+    done = subprocess.run([sys.executable, script, "--kills", "5", "--out", tmp_path, *options],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_training_from_clips_with_a_data_worker(config, toy, capsys):
@@ -242,12 +497,12 @@ def test_training_from_clips_with_a_data_worker(config, toy, capsys):
     train.train(replace(config, image_share=0.0, save_every=3), resume=False)
     losses = [m["loss"] for m in metrics_of(config.out) if "loss" in m]
     assert len(losses) == 3 and all(0.5 < loss < 5 for loss in losses)
+    assert [m["replaced"] for m in metrics_of(config.out) if "loss" in m][-1] > 0
 
 
 def test_caption_accuracy_counts_what_the_detector_sees(config, encoders, monkeypatch):
     """Films drawn instead of sampled are all right; reversed, all but their direction is."""
-    made = train.Encoders({"vae": "assets/vae", "t5": "assets/t5"}, 16, "cpu")
-    model = train.STDiT(train.MODELS["toy"])
+    model, (vae, t5) = train.STDiT(train.MODELS["toy"]), encoders
 
     def drawn(model, vae, y, mask, keys, shape, batch, flip=False):
         clips = [data.draw_clip(words(key[2]), data.keyed_generator(*key)) for key in keys]
@@ -256,17 +511,15 @@ def test_caption_accuracy_counts_what_the_detector_sees(config, encoders, monkey
     def words(prompt):
         return tuple(prompt.split()[i] for i in (1, 2, 4))
 
-    monkeypatch.setattr(train, "film", drawn)
-    right = train.caption_accuracy(config, model, made, (1, 2), train.Process(0, 1, "cpu"))
-    assert right["seen"] == dict.fromkeys(("films", "right", "colour", "shape", "direction"), 42)
-    assert right["held_out"] == dict.fromkeys(
-        ("films", "right", "colour", "shape", "direction"), 12
-    )
-    wrong = train.caption_accuracy(
-        config, model, made, (0, 2), train.Process(0, 1, "cpu"), flip=True
-    )
-    assert wrong["held_out"] == {"films": 12, "right": 0, "colour": 12, "shape": 12, "direction": 0}
-    assert "0.0% of 12 films" in train.describe(wrong)
+    monkeypatch.setattr(sample, "film", drawn)
+    shape = train.latent_shape(config)
+    right = sample.caption_accuracy(model, vae, t5, (1, 2), 0, shape)
+    assert right == [42] * 5 + [12] * 5
+    parts = [sample.caption_accuracy(model, vae, t5, (1, 2), 0, shape, r, 2) for r in range(2)]
+    assert [a + b for a, b in zip(*parts)] == right
+    wrong = sample.caption_accuracy(model, vae, t5, (0, 2), 0, shape, flip=True)
+    assert wrong == [0] * 5 + [12, 0, 12, 12, 0]
+    assert "0.0% of 12 films" in sample.describe(wrong)
 
 
 # --- the command lines, and what they say to bad input
@@ -274,7 +527,10 @@ def test_caption_accuracy_counts_what_the_detector_sees(config, encoders, monkey
 
 def parse(monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    return train.parse_command_line()
+    given, preset, resume = train.parse_command_line()
+    config = train.resolve(given, preset, resume)
+    train.check(config, world=1)
+    return config, resume
 
 
 @pytest.mark.parametrize("options, message", [
@@ -288,9 +544,14 @@ def parse(monkeypatch, *options):
     (["--frames", "1"], "the toy is about motion"),
     (["--drop_caption", "1.5"], "drop_caption=1.5"),
     (["--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
+    (["--batch_size", "10", "--micro_batch", "4"], "micro_batch 4; try --batch_size 12"),
+    (["--init", "nowhere"], "nowhere is not there"),
+    (["--trained", "spatial"], "trained='spatial' is unknown"),
+    (["--trained", "temporal"], "trained=temporal needs image_share=0"),
+    (["--preset", "16x512x512", "--init", ""], "no data: give --data"),
 ])  # fmt: skip
 def test_bad_options_get_one_clear_line(monkeypatch, options, message):
-    with pytest.raises(data.BadInput, match=message) as error:
+    with pytest.raises((data.BadInput, BadWeights), match=message) as error:
         parse(monkeypatch, *options)
     assert "\n" not in str(error.value)
 
@@ -305,6 +566,11 @@ def test_options_override_the_preset_and_a_resumed_run_its_own(monkeypatch, conf
         parse(monkeypatch, "--out", config.out)
     chosen, resume = parse(monkeypatch, "--resume", "--out", config.out, "--steps", 9)
     assert chosen == replace(config, steps=9) and resume
+    for name, value in (("lr", 1), ("batch_size", 8), ("seed", 1), ("variant", "full")):
+        with pytest.raises(data.BadInput, match=f"{name}=.*; for another, start a new run"):
+            parse(monkeypatch, "--resume", "--out", config.out, f"--{name}", value)
+    with pytest.raises(data.BadInput, match="has done 8; ask for more"):
+        parse(monkeypatch, "--resume", "--out", config.out, "--steps", 7)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -420,6 +686,6 @@ def test_bad_input_ends_with_exit_code_2_and_no_traceback():
 
 
 def test_interval_is_wilsons():
-    low, high = train.interval(9, 10)
+    low, high = sample.interval(9, 10)
     assert abs(low - 0.5958) < 1e-3 and abs(high - 0.9821) < 1e-3
-    assert train.interval(0, 10)[0] < 1e-9
+    assert sample.interval(0, 10)[0] < 1e-9

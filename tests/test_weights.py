@@ -326,7 +326,7 @@ def train_toy(toy, out, **options):
     config = train.TrainConfig(
         data=str(toy / "cache_train"), out=str(out), **short | options
     )
-    train.train(config, resume=False)
+    train.train(config)
     return out
 
 
@@ -447,15 +447,6 @@ def test_from_pretrained_names_what_is_no_config(content, tmp_path):
     with pytest.raises(BadWeights, match=r"config.json") as error:
         STDiT.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_a_resumed_run_keeps_its_model(toy, tmp_path, monkeypatch):
-    run = train_toy(toy, tmp_path / "run")
-    for option, value in (("variant", "latte"), ("init", "elsewhere"), ("space_scale", 0.5)):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(run),
-                                          f"--{option}", str(value)])  # fmt: skip
-        with pytest.raises(data.BadInput, match=f"{option}=.*start a new run with --init"):
-            train.parse_command_line()
 
 
 def test_weights_alone_need_encoders(hub_folder, tmp_path, monkeypatch):
