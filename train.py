@@ -119,7 +119,8 @@ class TrainConfig:
 
 # Open-Sora v1's settings, stage by stage: each begins with the weights of the one before. Time: v1
 # has scale 2/3 in its last stage, which is upside down. Frames 2 apart instead of 3 lie 2/3 as far
-# from each other, and place = index / scale, so corresponding places agree at 3/2.
+# from each other, and place = index / scale, so corresponding places agree at 3/2. Memory: v1's
+# third stage took 8 clips at a time without recomputing; by predicted_memory that is 295 GB here.
 V1 = TrainConfig(
     model="STDiT-XL/2", space_scale=0.5, time_scale=1.0, data="", stride=3,
     vae="PixArt-alpha/PixArt-XL-2-512x512", t5="PixArt-alpha/PixArt-XL-2-512x512",
@@ -135,13 +136,13 @@ PRESETS = {
                              init="out/16x256x256"),
     "16x512x512": replace(V1, frames=16, size=512, steps=20_000, out="out/16x512x512",
                           init="out/16x256x256-hq", space_scale=1.0, batch_size=128,
-                          checkpointing=False),
+                          checkpointing=False, micro_batch=1),
     "64x512x512": replace(V1, frames=64, size=512, steps=20_000, out="out/64x512x512",
                           init="out/16x512x512", space_scale=1.0, time_scale=1.5, stride=2, fps=12,
                           batch_size=128, micro_batch=4),
     "16x256x256-24gb": replace(V1, frames=16, size=256, steps=20_000, out="out/16x256x256-24gb",
                                init="PixArt-alpha/PixArt-XL-2-512x512", trained="temporal",
-                               batch_size=32, micro_batch=4, workers=0),
+                               batch_size=32, workers=0),
 }  # fmt: skip
 TRAINED = {  # which weights learn, by name
     "all": lambda name: True,

@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-import train  # noqa: E402
-from sample import SAMPLERS, load_run  # noqa: E402
+from sample import SAMPLERS, caption_accuracy, load_run  # noqa: E402
 from stdit import BadWeights  # noqa: E402
 
 
@@ -31,19 +30,21 @@ def main():
     parser.add_argument("--guidance", type=float, nargs="*", default=[1, 2, 4, 7])
     args = parser.parse_args()
     model, state = load_run(args.run)
-    config, device = train.TrainConfig(**state["config"]), data.pick_device("auto")
-    model, process = model.to(device), train.Process(0, 1, device)
-    train.require(config.data == "toy", f"{args.run} has data={config.data!r}: expected the toy")
-    encoders = train.Encoders(state["encoders"], model.config.caption_length, device)
-    encoders.vae, encoders.t5  # loaded now, so that no row of the table waits for them
+    config, device = state["config"], data.pick_device("auto")
+    if config["data"] != "toy":
+        raise data.BadInput(f"{args.run} was trained on {config['data']}: expected the toy")
+    vae = data.VAE(state["encoders"]["vae"], device)
+    t5 = data.T5(state["encoders"]["t5"], model.config.caption_length, device)
+    side = config["size"] // vae.factor
+    shape = model.config.in_channels, config["frames"], side, side
+    frozen = model.to(device), vae, t5
 
     def measure(**options):
-        """Row of a table: shares of right films, and seconds per film."""
+        """Print a row of the table."""
         start = time.time()
-        result = train.caption_accuracy(config, model, encoders, (2, 8), process, **options)
-        seconds = (time.time() - start) / sum(kind["films"] for kind in result.values())
-        shares = [f"{a['right'] / a['films']:.0%} ({a['right']} of {a['films']})"
-                  for a in result.values()]  # fmt: skip
+        counts = caption_accuracy(*frozen, (2, 8), config["seed"], shape, **options)
+        seconds = (time.time() - start) / (counts[0] + counts[5])
+        shares = [f"{right / n:.0%} ({right} of {n})" for n, right in (counts[:2], counts[5:7])]
         print(f"| {options['sampler']} | {options['steps']} | {options['guidance']:g} | "
               f"{shares[0]} | {shares[1]} | {seconds:.2f} |", flush=True)  # fmt: skip
 
@@ -51,7 +52,7 @@ def main():
     print("|---|---|---|---|---|---|")
     for sampler in args.samplers:
         for steps in args.steps:
-            measure(sampler=sampler, steps=steps, guidance=config.guidance)
+            measure(sampler=sampler, steps=steps, guidance=config["guidance"])
     for guidance in args.guidance:
         measure(sampler="ddim", steps=50, guidance=guidance)
 
