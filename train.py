@@ -672,7 +672,9 @@ def captions_to_film(config, source, rows, encoders, process):
     if config.data == "toy":
         texts = [data.caption_of(triple) for triple in data.HELD_OUT]
     texts = texts[: config.films]
-    return (texts, *process.share(lambda: encoders.t5.encode(texts))) if texts else (texts,)
+    if not texts:
+        return texts, None, None
+    return texts, *process.share(lambda: [v.cpu() for v in encoders.t5.encode(texts)])
 
 
 def latent_shape(config):
