@@ -550,7 +550,8 @@ def save_checkpoint(config, step, model, ema, optimizer, encoders):
         raise BadInput(f"checkpoint {folder} can't be written ({error}); the last whole one is "
                        f"{last}; make room and go on with --resume --out {config.out}") from None  # fmt: skip
     for old in sorted(folder.parent.glob("step_*"))[: -config.keep]:
-        shutil.rmtree(old)
+        os.replace(old, beside)  # renamed first: what is half deleted is no checkpoint any more
+        shutil.rmtree(beside)
 
 
 def read_state(folder):
