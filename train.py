@@ -14,10 +14,13 @@ Shapes, in this file:
 """
 
 import argparse
+import atexit
 import difflib
+import gc
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -65,8 +68,8 @@ class TrainConfig:
     model: str = "toy"  # a name in stdit.MODELS
     variant: str = "sequential"  # one of stdit.VARIANTS
     init: str = ""  # weights to begin with: whatever stdit.load_weights reads; empty: random ones
-    space_scale: float = 0.0  # place = index / scale; 0: the model's (stdit.MODELS)
-    time_scale: float = 0.0  # likewise
+    space_scale: float = 0.0  # place = index / scale; 0: size / 512, as in v1
+    time_scale: float = 0.0  # likewise; 0: the model's (stdit.MODELS)
     trained: str = "all"  # which weights: all, temporal, not-temporal or not-cross(-attention)
     data: str = "toy"  # a cache, a CSV (then the encoders run in every step), or "toy": made here
     held_out: str = ""  # the same, of clips not trained on; empty: 1 in 20 of data's, at most 64
@@ -111,11 +114,6 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # newest checkpoints that are kept
 
-    def due(self, step):
-        """Whether something is to be measured after this step."""
-        every = step % self.eval_every == 0 or step % self.film_every == 0
-        return step > 0 and (every or step == self.steps)
-
 
 # Open-Sora v1's settings, stage by stage: each begins with the weights of the one before. Time: v1
 # has scale 2/3 in its last stage, which is upside down. Frames 2 apart instead of 3 lie 2/3 as far
@@ -158,7 +156,7 @@ def parse_command_line():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="toy", help=f"one of: {', '.join(PRESETS)}")
-    parser.add_argument("--resume", action="store_true", help="go on from --out's last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for f in fields(TrainConfig):
         kind = true_or_false if f.type is bool else f.type
         names = {f"--{f.name}", f"--{f.name.replace('_', '-')}"}
@@ -174,35 +172,44 @@ def parse_command_line():
     return given, given.pop("preset"), given.pop("resume")
 
 
+def configuration(given, preset, resume, world=1):
+    """The configuration that is asked for, checked, or BadInput, BadWeights."""
+    config = resolve(given, preset, resume)
+    check(config, world)
+    if config.init and not resume:
+        find_weights(config.init)  # complain now if there are none
+    return config
+
+
 def resolve(given, preset, resume):
     """The configuration: of the preset or, to resume, of the run; over it what was given."""
     out = given.get("out", PRESETS[preset].out)
     last = newest_checkpoint(out)
     if not resume:
         require(not last, f"{out} holds a run already; go on with --resume, or give another --out")
-        config = replace(PRESETS[preset], **given)
-        if config.init:
-            find_weights(config.init)  # complain now if there are none
-        return config
+        return replace(PRESETS[preset], **given)
     require(last, f"{out} holds no run to resume, no checkpoints/step_*; start without --resume")
     state = read_state(last)
     other = sorted(state["config"].keys() - {f.name for f in fields(TrainConfig)})
     require(not other, f"{out} is a run of another version, with the fields {', '.join(other)}")
     config = TrainConfig(**state["config"])
     for k, v in given.items():
-        require(k in MAY_CHANGE or v == getattr(config, k), f"{k}={v!r}: the run in {out} has "
-                f"{getattr(config, k)!r}; for another, start a new run with --init {out}")  # fmt: skip
+        require(k in MAY_CHANGE or v == getattr(config, k),
+                f"{k}={v!r}: the run in {out} has {getattr(config, k)!r}; for another, start a new "
+                f"run with --init {out}")  # fmt: skip
     config = replace(config, **given)
     require(config.steps >= state["step"],
             f"steps={config.steps}: {out} has done {state['step']}; ask for more")  # fmt: skip
     return config
 
 
-# What may differ when a run goes on: how long, where and how often. (More steps stretch the cosine
-# of the learning rate and the share of images.) Data and encoders may have moved: they are checked.
+# What may differ when a run goes on: how long, where, how often, and what one may have to turn when
+# it goes wrong. (More steps stretch the cosine and the share of images.) Data and encoders may have
+# moved; that they are the same is checked.
 MAY_CHANGE = {"out", "steps", "data", "held_out", "vae", "t5", "micro_batch", "bad_steps", "device",
-              "workers", "checkpointing", "compile", "log_every", "eval_every", "film_every",
-              "films", "film_steps", "guidance", "save_every", "keep", "max_bad"}  # fmt: skip
+              "workers", "checkpointing", "compile", "log_every", "eval_every", "film_every", "lr",
+              "films", "film_steps", "guidance", "save_every", "keep", "max_bad", "cosine", "clip",
+              "warmup", "ema"}  # fmt: skip
 
 
 def true_or_false(text):
@@ -216,7 +223,7 @@ def require(ok, message):
 
 def nearest(name, names):
     found = difflib.get_close_matches(name, names, cutoff=0.4)
-    return f"nearest: {', '.join(found) or 'see --help'}"
+    return f"nearest: {', '.join(found)}" if found else "see --help"
 
 
 def check(config, world):
@@ -231,21 +238,22 @@ def check(config, world):
                            "time_scale micro_batch")):  # fmt: skip
         for name in names.split():
             require(getattr(c, name) >= low, f"{name}={getattr(c, name)}: expected {low} or more")
-    for name in ("image_share", "drop_caption", "max_bad", "ema"):
+    require(c.clip > 0, f"clip={c.clip}: expected more than 0")
+    for name in ("image_share", "drop_caption", "max_bad", "ema", "beta2"):
         require(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: expected a share, 0 to 1")
     require(2 <= c.film_steps <= 999, f"film_steps={c.film_steps}: expected 2 to 999")
     pt, *spatial = MODELS[c.model].patch_size
     unit = 8 * math.lcm(*spatial)  # 8 is the VAE's factor
     near = max(unit, round(c.size / unit) * unit)
-    require(c.size == near, f"size={c.size} must divide by {unit} (VAE 8 x patch {unit // 8}); "
-                            f"try --size {near}")  # fmt: skip
+    require(c.size == near, f"size={c.size} must be a multiple of {unit} (VAE 8 x patch "
+                            f"{unit // 8}); try --size {near}")  # fmt: skip
     require(c.frames > 0 and c.frames % pt == 0,
-            f"frames={c.frames} must divide by the patch's {pt}")  # fmt: skip
+            f"frames={c.frames} must be a multiple of the patch's {pt}")  # fmt: skip
     group = world * (c.micro_batch or 1)
     batch = math.ceil(max(c.batch_size, 1) / group) * group
     require(c.batch_size == batch,
-            f"batch_size={c.batch_size} must divide by {world} process(es) x micro_batch "
-            f"{c.micro_batch or 1}; try --batch_size {batch}")  # fmt: skip
+            f"batch_size={c.batch_size} must be a multiple of {world} process(es) x micro_batch "
+            f"{c.micro_batch or 1}; try --batch_size {batch} or a smaller --micro_batch")
     require(c.data, "no data: give --data, a cache that data.py made or a CSV with path,text")
     require(c.trained != "temporal" or (c.image_share == 0 and c.variant != "full"),
             f"trained=temporal needs image_share=0 and a variant with temporal attention; found "
@@ -290,32 +298,17 @@ class Stream:
         raise BadInput(f"none of the {len(self.rows)} clips can be decoded")
 
 
+def split(config, world):
+    """(n, B): a step is n micro-batches of B clips on each process."""
+    B = config.micro_batch or config.batch_size // world
+    return config.batch_size // (B * world), B
+
+
 def positions_of(step, k, config, process):
     """What this process takes in micro-batch k of a step: B positions of the stream."""
-    B = config.micro_batch or config.batch_size // process.world
+    _, B = split(config, process.world)
     first = step * config.batch_size + (k * process.world + process.rank) * B
     return range(first, first + B)
-
-
-def micro_batches(config, process):
-    """How many of them make a step on each process."""
-    B = config.micro_batch or config.batch_size // process.world
-    return config.batch_size // (B * process.world)
-
-
-class Batches:
-    """The positions of this process from step `start` on, in micro-batches, for a DataLoader."""
-
-    def __init__(self, config, start, process):
-        self.steps, self.config, self.process = range(start, config.steps), config, process
-
-    def __len__(self):
-        return len(self.steps) * micro_batches(self.config, self.process)
-
-    def __iter__(self):
-        for step in self.steps:
-            for k in range(micro_batches(self.config, self.process)):
-                yield list(positions_of(step, k, self.config, self.process))
 
 
 def draw_timesteps(config, positions):
@@ -351,38 +344,51 @@ def draw_choice(config, purpose, positions):
 
 
 class Process(NamedTuple):
-    """Which of the processes this one is, how many there are, and its device."""
+    """Which of the processes this one is, how many there are, its device, and their gloo group."""
 
     rank: int
     world: int
     device: str
+    group: object = None
 
     def sum(self, values):
         """Sum a list of numbers over all processes."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def share(self, work):
-        """What work() gives on the first process, for all: files may lie on its machine alone."""
-        box = [work() if self.rank == 0 else None]
+        """What work() gives on the first process, for all, for files may lie on its machine alone.
+        If it fails, all end, and the first says why.
+        """
+        answer = failure = None
+        if self.rank == 0:
+            try:
+                answer = work()
+            except Exception as error:
+                failure = error
         if self.world > 1:
-            dist.broadcast_object_list(box, 0)
-        return box[0]
+            box = [answer, failure is not None]
+            dist.broadcast_object_list(box, 0, group=self.group)
+            answer, failed = box
+            if failed and self.rank:
+                raise SystemExit(2)
+        if failure:
+            raise failure
+        return answer
 
     def gather(self, items):
-        """The lists of all processes, on the first: items 0, 1, ... were dealt out one by one."""
-        if self.world == 1:
-            return items
-        lists = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(items, lists)
-        most = len(lists[0]) if self.rank == 0 else 0
-        return [part[i] for i in range(most) for part in lists if i < len(part)]
+        """The lists of all processes one after the other, on the first process."""
+        lists = [items] * self.world
+        if self.world > 1:
+            dist.gather_object(items, lists if self.rank == 0 else None, group=self.group)
+        return sum(lists, [])
 
     def mine(self, items):
         """The part of a list that this process takes."""
-        return items[self.rank :: self.world]
+        n = len(items)
+        return items[self.rank * n // self.world : (self.rank + 1) * n // self.world]
 
     def say(self, text):
         """Print, on the first process alone, without cutting through the progress bar."""
@@ -404,10 +410,11 @@ def set_up_process(device):
                               "start fewer processes")  # fmt: skip
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    if world > 1:  # long: the others wait while the first makes the toy or reads a large model
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return Process(rank, world, device)
+    if world == 1:
+        return Process(rank, world, device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # Patient: the others wait here while the first makes the toy, or reads or writes large weights.
+    return Process(rank, world, device, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -417,8 +424,8 @@ def set_up_process(device):
 class Encoders:
     """The frozen encoders, loaded when they are first used: a cache needs them for films alone.
 
-    names: {"vae": source, "t5": source}, and after the first look at the data their fingerprints,
-    which are checked.
+    names: {"vae": source, "t5": source}; once the data is open also the fingerprints of the
+    encoders that it was made with, which these must have.
     """
 
     def __init__(self, names, length, device):
@@ -435,6 +442,7 @@ class Encoders:
     def forget_t5(self):
         """Free its memory, 10 GB for T5-XXL in bf16; it is loaded again if it is asked for."""
         vars(self).pop("t5", None)
+        gc.collect()
 
     def checked(self, encoder, what):
         if f"{what}_fingerprint" in self.names:
@@ -456,7 +464,7 @@ def prepare_toy(config, encoders):
 
 def open_source(path, config, process):
     """A cache folder or a CSV -> LatentCache or Clips that fits the configuration."""
-    if not Path(path).is_dir():  # the first process looks through the clips, for all
+    if not process.share(lambda: Path(path).is_dir()):  # the first looks through the clips, for all
         c = config
         clips = path, c.frames, c.stride, c.size, c.seed, c.max_bad
         return process.share(lambda: data.Clips(*clips))
@@ -474,7 +482,7 @@ def open_source(path, config, process):
 
 def open_data(config, process):
     """Make the toy if it is asked for and not there; open what is to be trained on and held out
-    -> (source, its rows, held-out source, its rows, encoders).
+    -> (Stream, held-out Stream, encoders).
     """
     length = MODELS[config.model].caption_length
     encoders = Encoders({"vae": config.vae, "t5": config.t5}, length, process.device)
@@ -494,12 +502,12 @@ def open_data(config, process):
         process.say(f"{len(source)} clips are too few to hold any out: the held-out loss is of "
                     "training clips")  # fmt: skip
     names, held_names = (encoder_names(config, s, encoders) for s in (source, held_source))
-    require(names == held_names,
-            f"data was encoded with {names}, held_out with {held_names}; use the same")  # fmt: skip
-    encoders.names = names
+    same = all(names[k] == held_names[k] for k in names if "fingerprint" in k)
+    require(same, f"data was encoded with {names}, held_out with {held_names}; use the same")
+    encoders.names = names | {"clips": f"{len(rows)} of {len(source)}"}
     if config.films:  # they are wanted later: complain now if they are not there
         data.locate(names["vae"], "vae"), data.locate(names["t5"], "text_encoder")
-    return source, rows, held_source, held_rows, encoders
+    return Stream(source, rows, config.seed), Stream(held_source, held_rows, config.seed), encoders
 
 
 def encoder_names(config, source, encoders):
@@ -519,39 +527,49 @@ def encoder_names(config, source, encoders):
 # first process alone writes and reads; the others are told.
 
 
-def save_checkpoint(config, step, model, ema, optimizer, encoders):
+def tensors_of(model, learning, ema, optimizer):
+    """All tensors of a checkpoint, {file: {name: tensor}}: not copies, but what training works on.
+    learning, ema: {name: weight} of what learns. The other weights are their own average.
+    """
+    moments = {f"{name}.{key}": value for name, weight in learning.items()
+               for key, value in optimizer.state[weight].items()}  # fmt: skip
+    weights = model.state_dict()
+    return {"model": weights, "ema": weights | ema, "optimizer": moments}
+
+
+def save_checkpoint(config, step, model_config, encoders, tensors):
     """Write out/checkpoints/step_N beside, then rename; delete all but the newest `keep`. If the
     disk is full, the checkpoint before it stays, and BadInput says so.
     """
     folder = Path(config.out) / "checkpoints" / f"step_{step:08d}"
-    beside = folder.with_name(f".{folder.name}")
+    beside, hashes = folder.with_name(f".{folder.name}"), {}
     if folder.exists():
         return
-    shutil.rmtree(beside, ignore_errors=True)
-    moments = {f"{name}.{key}": value for name, weight in model.named_parameters()
-               for key, value in optimizer.state.get(weight, {}).items()}  # fmt: skip
-    weights, hashes = model.state_dict(), {}
     try:
+        for rest in folder.parent.glob(".step_*"):  # of a save or a deletion that was killed
+            shutil.rmtree(rest)
         beside.mkdir(parents=True)
-        for name, tensors in (("model", weights), ("ema", weights | ema), ("optimizer", moments)):
+        for name, content in tensors.items():
             path = beside / f"{name}.safetensors"
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+            save_file({k: v.detach().contiguous() for k, v in content.items()}, path)
             with open(path, "rb") as file:
                 hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
         write_json(beside / "state.json", {
-            "step": step, "config": asdict(config), "model": asdict(model.config),
+            "step": step, "config": asdict(config), "model": asdict(model_config),
             "encoders": encoders, "sha256": hashes, "torch": torch.__version__,
         })  # fmt: skip
         os.replace(beside, folder)
+        for old in sorted(folder.parent.glob("step_*"))[: -config.keep]:
+            os.replace(old, beside)  # renamed first: what is half deleted is no checkpoint any more
+            shutil.rmtree(beside)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         last = newest_checkpoint(config.out)
-        raise BadInput(f"checkpoint {folder} can't be written ({error}); the last whole one is "
-                       f"{last}; make room and go on with --resume --out {config.out}") from None  # fmt: skip
-    for old in sorted(folder.parent.glob("step_*"))[: -config.keep]:
-        os.replace(old, beside)  # renamed first: what is half deleted is no checkpoint any more
-        shutil.rmtree(beside)
+        raise BadInput(
+            f"{folder} can't be written ({error}); the last whole checkpoint is {last}: make room, "
+            "and --resume"
+        ) from None
 
 
 def read_state(folder):
@@ -560,42 +578,23 @@ def read_state(folder):
     return data.read_json(folder / "state.json", advice)
 
 
-def load_checkpoint(config, model, learning, ema, optimizer, encoders):
-    """Put the newest checkpoint of config.out into all of these -> step. learning: {name: weight}."""
+def load_checkpoint(config, model_config, encoders, tensors):
+    """Copy the newest checkpoint of config.out into these tensors -> its step."""
     folder = newest_checkpoint(config.out)
-    state, names = read_state(folder), ("model", "ema", "optimizer")
-    for what, here in (("model", asdict(model.config)), ("encoders", encoders)):
-        there = json.loads(json.dumps(here)) if what == "model" else here  # tuples to lists
-        different = [k for k in there if state[what].get(k) != there[k]]
-        require(not different, f"{config.out} has another {what}: {', '.join(different)} differ(s); "
-                               "start a new run, with --init to begin with its weights")  # fmt: skip
-    try:  # open_weights compares each file with its hash
-        weights, average, moments = (open_weights(folder / f"{n}.safetensors") for n in names)
+    state, here = read_state(folder), json.loads(json.dumps(asdict(model_config)))
+    wrong = [k for k, v in here.items() if state["model"][k] != v]
+    named = encoders.keys() - {"vae", "t5"}  # places may change, fingerprints not
+    wrong += [k for k in sorted(named) if state["encoders"].get(k) != encoders[k]]
+    require(not wrong, f"{config.out} was trained with another {', '.join(wrong)}: give it the "
+                       "same data, or start a new run with --init")  # fmt: skip
+    try:
+        for file, content in tensors.items():
+            stored = open_weights(folder / f"{file}.safetensors")  # compares it with its hash
+            for name, tensor in content.items():
+                tensor.detach().copy_(stored[name])
     except BadWeights as error:
         raise BadInput(f"{error}; delete {folder} to go on from the checkpoint before it") from None
-    model.load_state_dict(weights)
-    for name, tensor in ema.items():
-        tensor.copy_(average[name])
-    for name, weight in learning.items():  # AdamW has no state for what had no gradient yet
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
-        optimizer.state[weight] |= {
-            key: moments[f"{name}.{key}"].to(weight.device, copy=True) for key in keys
-        }
     return state["step"]
-
-
-def tell_all(process, model, learning, ema, optimizer, step):
-    """Give what the first process has loaded to the others, whose disks may not hold it -> step."""
-    known = [name for name, weight in learning.items() if optimizer.state[weight]]
-    step, known = process.share(lambda: (step, known))
-    for name in known if process.rank else ():
-        w = learning[name]
-        optimizer.state[w] |= {"step": torch.zeros((), device=w.device),
-                               "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}  # fmt: skip
-    moments = [v for name in known for v in optimizer.state[learning[name]].values()]
-    for tensor in [*model.state_dict().values(), *ema.values(), *moments]:
-        dist.broadcast(tensor.detach(), 0)
-    return step
 
 
 # ---------------------------------------------------------------------------------------------
@@ -609,41 +608,40 @@ def tell_all(process, model, learning, ema, optimizer, step):
 
 
 @torch.no_grad()
-def held_out_loss(config, model, source, rows, encoders, process):
+def held_out_loss(config, model, stream, encoders, process):
     """[4] losses of the noise on held-out clips (64 of them at most), by t: 0-249, 250-499,
     500-749, 750-999. The clips are shared among the processes.
     """
-    device, sums = process.device, [0.0] * 8
-    work = process.mine([(row, b) for row in rows[:64] for b in range(4)])
-    at_once = config.micro_batch or 32
-    for part in (work[i : i + at_once] for i in range(0, len(work), at_once)):
-        batch = torch.utils.data.default_collate([source[row, row] for row, _ in part])
-        generators = [keyed_generator(config.seed, "held-out posterior", row) for row, _ in part]
-        x0, y, mask = to_device(batch, encoders, generators, device)
-        keys, bins = [f"held out {row} {b}" for row, b in part], [b for _, b in part]
-        within = (250 * draw_choice(config, "held-out t", keys)).long()
-        t = torch.tensor(bins) * 250 + within  # [B]
-        noise = draw_noise(config, keys, x0.shape[1:]).to(device)
-        x_t = q_sample(TRAINING, x0, t, noise)
-        with autocast(device):
-            out = model(x_t, t.to(device), y, mask)
-        for b, mse in zip(bins, diffusion_loss(TRAINING, out, x0, x_t, t, noise)["mse"].tolist()):
-            sums[b] += mse
-            sums[4 + b] += 1
-    sums = process.sum(sums)
-    return [sums[b] / max(sums[4 + b], 1) for b in range(4)]
+    sums, clips = [0.0] * 5, process.mine(range(min(64, len(stream.rows))))
+    at_once = config.micro_batch or 8
+    for part in (clips[i : i + at_once] for i in range(0, len(clips), at_once)):
+        batch = torch.utils.data.default_collate([stream[p] for p in part])
+        generators = [keyed_generator(config.seed, "held-out posterior", p) for p in part]
+        x0, y, mask = to_device(batch, encoders, generators, process.device)
+        sums[4] += len(part)
+        for b in range(4):
+            keys = [f"held out {p} {b}" for p in part]
+            t = 250 * b + (250 * draw_choice(config, "held-out t", keys)).long()  # [B]
+            noise = draw_noise(config, keys, x0.shape[1:]).to(x0)
+            x_t = q_sample(TRAINING, x0, t, noise)
+            with autocast(process.device):
+                out = model(x_t, t.to(x0.device), y, mask)
+            sums[b] += diffusion_loss(TRAINING, out, x0, x_t, t, noise)["mse"].sum().item()
+    *sums, count = process.sum(sums)
+    return [total / count for total in sums]
 
 
 def evaluate(config, model, held_out, encoders, captions, step, metrics, process):
     """Measure what is due after this step: held-out loss, films, the toy's caption accuracy."""
     last, shape = step == config.steps, latent_shape(config)
-    if (step % config.eval_every == 0 or last) and not metrics.has(step, "held_out"):
-        bins = held_out_loss(config, model, *held_out, encoders, process)
+    if (step % config.eval_every == 0 or last) and (step, "held_out") not in metrics.done:
+        bins = held_out_loss(config, model, held_out, encoders, process)
         metrics.write(step=step, held_out=bins)
         process.say(f"step {step}  held-out loss by t: {'  '.join(f'{b:.4f}' for b in bins)}")
         if process.rank == 0:
-            plot_losses(config.out)
-    if not config.films or metrics.has(step, "films") or (step % config.film_every and not last):
+            plot_losses(config)
+    films_due = config.films and (step % config.film_every == 0 or last)
+    if not films_due or (step, "films") in metrics.done:
         return
     # Always the same captions and the same noise, so that one sees the same films sharpen.
     options = {"steps": config.film_steps, "guidance": config.guidance, "sampler": "dpm"}
@@ -667,9 +665,9 @@ def evaluate(config, model, held_out, encoders, captions, step, metrics, process
     metrics.write(step=step, films=f"{path}.gif", accuracy=accuracy)
 
 
-def captions_to_film(config, source, rows, encoders, process):
+def captions_to_film(config, stream, encoders, process):
     """(texts, y [N, L, E], mask [N, L]): of the toy the captions that training never shows."""
-    texts = list(dict.fromkeys(source.text(row) for row in rows))  # in order, each once
+    texts = list(dict.fromkeys(stream.source.text(row) for row in stream.rows))  # in order, once
     if config.data == "toy":
         texts = [data.caption_of(triple) for triple in data.HELD_OUT]
     texts = texts[: config.films]
@@ -683,42 +681,47 @@ def latent_shape(config):
     return MODELS[config.model].in_channels, config.frames, config.size // 8, config.size // 8
 
 
-def plot_losses(out):
-    """loss.png from metrics.jsonl of a run and of the runs that it went on from, each a stage:
-    training loss, smoothed, and the held-out loss in its four bins of t.
+def read_metrics(out):
+    """The lines of a run's metrics.jsonl; the last may have been cut off by a kill."""
+    path = Path(out) / "metrics.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+
+
+def plot_losses(config):
+    """loss.png of a run and of those it went on from, its stages: the training loss, smoothed, and
+    the held-out loss in its four bins of t.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    stages, run = [], Path(out)
-    while run and (run / "metrics.jsonl").is_file() and len(stages) < 9:
-        stages.insert(0, [json.loads(line) for line in (run / "metrics.jsonl").open()])
-        last = newest_checkpoint(run)
-        init = read_state(last)["config"].get("init") if last else None
-        run = Path(init) if init else None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    begin = 0
+    stages, init = [read_metrics(config.out)], config.init
+    while init and (lines := read_metrics(init)) and len(stages) < 9:
+        stages.insert(0, lines)
+        last = newest_checkpoint(init)
+        init = read_state(last)["config"].get("init") if last else ""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    begin, mse, held = 0, [], []  # the last two: pairs (step from the first stage on, value)
     for lines in stages:
-        train, held = [m for m in lines if "loss" in m], [m for m in lines if "held_out" in m]
-        smooth = []
-        for m in train:
-            smooth.append(0.9 * smooth[-1] + 0.1 * m["mse"] if smooth else m["mse"])
-        steps = [begin + m["step"] for m in train]
-        axes[0].plot(steps, [m["mse"] for m in train], color="0.8")
-        axes[0].plot(steps, smooth, color="C0")
-        for b in range(4):
-            label = f"t {b * 250}-{b * 250 + 249}" if begin == 0 else None
-            steps, losses = zip(*[(begin + m["step"], m["held_out"][b]) for m in held] or [((), ())])
-            axes[1].plot(steps, losses, color=f"C{b}", label=label)
+        mse += [(begin + m["step"], m["mse"]) for m in lines if m.get("mse") is not None]
+        held += [(begin + m["step"], m["held_out"]) for m in lines if "held_out" in m]
         begin += max((m["step"] for m in lines), default=0)
-        for axis in axes if lines is not stages[-1] else ():
-            axis.axvline(begin, color="0.5", linestyle=":")
-    axes[0].set(title="training: loss of the noise", xlabel="step", yscale="log")
-    axes[1].set(title="held-out clips: loss of the noise, by t", xlabel="step", yscale="log")
+        for axis in (left, right):
+            axis.axvline(begin, color="0.8", linestyle=":")
+    smooth = mse[:1]
+    for step, loss in mse[1:]:
+        smooth.append((step, 0.9 * smooth[-1][1] + 0.1 * loss))
+    for points, color in ((mse, "0.8"), (smooth, "C0")):
+        left.plot([step for step, _ in points], [loss for _, loss in points], color=color)
+    for b in range(4):
+        label = f"t {b * 250}-{b * 250 + 249}"
+        right.plot([step for step, _ in held], [bins[b] for _, bins in held], label=label)
+    left.set(title="training: loss of the noise", xlabel="step", yscale="log")
+    right.set(title="held-out clips: loss of the noise, by t", xlabel="step", yscale="log")
     figure.legend(loc="outside right center")
-    write_whole(Path(out) / "loss.png", lambda p: figure.savefig(p, format="png", dpi=100))
+    write_whole(Path(config.out) / "loss.png", lambda p: figure.savefig(p, format="png", dpi=100))
     plt.close(figure)
 
 
@@ -729,23 +732,20 @@ class Metrics:
 
     def __init__(self, out, step, process):
         self.path, self.is_main = Path(out) / "metrics.jsonl", process.rank == 0
-        self.lines = process.share(lambda: self.up_to(step))
+        kept = process.share(lambda: [m for m in read_metrics(out) if m["step"] <= step])
+        self.done = {(m["step"], name) for m in kept if m["step"] == step for name in m}
         if self.is_main:
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            text = "".join(json.dumps(m) + "\n" for m in kept)
             write_whole(self.path, lambda p: p.write_text(text))
 
-    def up_to(self, step):
-        text = self.path.read_text() if self.path.exists() else ""
-        whole = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
-        return [line for line in whole if line["step"] <= step]
-
-    def has(self, step, name):
-        return any(line["step"] == step and name in line for line in self.lines)
-
     def write(self, **line):
-        if self.is_main:
+        if self.is_main:  # JSON has no NaN
+            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                    for k, v in line.items()}  # fmt: skip
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before a checkpoint that counts on it
 
 
 # ---------------------------------------------------------------------------------------------
@@ -761,7 +761,7 @@ PEAK = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S":
 
 
 class Cost:
-    """Tokens and FLOPs of a clip, and what share of the GPU's peak a rate of clips is."""
+    """What a rate of clips is in tokens and in shares of the GPU's peak."""
 
     def __init__(self, config, process):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -775,10 +775,11 @@ class Cost:
         self.peak = next((1e12 * peak for gpu, peak in PEAK.items() if gpu in name), None)
 
     def of(self, rate):
-        """Of `rate` clips a second, on all processes together."""
+        """Of `rate` whole clips a second, on all processes together."""
         cost = {"tokens_per_second": rate * self.tokens}
         if self.cuda:
             cost["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats()
         if self.peak:
             cost["share_of_peak"] = rate * self.flops / self.world / self.peak
         return cost
@@ -786,7 +787,8 @@ class Cost:
 
 def predicted_memory(config, model, process):
     """GB on each device: fp32 weights; of those that learn, gradient, AdamW's two moments, average;
-    and what the blocks keep for the backward pass, measured on few tokens and scaled up.
+    and what the blocks keep for the backward pass, measured on few tokens and scaled up. Not in it:
+    encoders and films, and the copies that a step makes in passing.
     """
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = 4 * sum(p.numel() for p in model.parameters()) + 16 * learning
@@ -880,11 +882,14 @@ def update_average(ema, learning, decay):
 @contextmanager
 def averaged(learning, ema):
     """Inside the `with`, the model has the averaged weights."""
-    raw = [p.detach().clone() for p in learning.values()]
-    with torch.no_grad():
-        torch._foreach_copy_(list(learning.values()), list(ema.values()))
+    pairs = [(p, ema[name]) for name, p in learning.items()]
+    for p, average in pairs:
+        p.data, average.data = average.data, p.data
+    try:
         yield
-        torch._foreach_copy_(list(learning.values()), raw)
+    finally:
+        for p, average in pairs:
+            p.data, average.data = average.data, p.data
 
 
 @contextmanager
@@ -900,7 +905,7 @@ def interruptible():
 
 
 def leave_signals(_):
-    """Data workers leave it to their process to stop them."""
+    """For data workers, which have to go on until their process has finished its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -908,29 +913,43 @@ def leave_signals(_):
 def train(config, resume=False, process=Process(0, 1, "cpu")):
     """The whole run, from a configuration to films."""
     start = time.time()
-    source, rows, held_source, held_rows, encoders = open_data(config, process)
-
+    stream, held_out, encoders = open_data(config, process)
     torch.manual_seed(config.seed)  # the initial weights, the same everywhere
     model = STDiT(model_config(config)).to(process.device)
     for name, p in model.named_parameters():
         p.requires_grad_(TRAINED[config.trained](name))
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if config.init and not resume:
-        process.say(initialize(config, model, encoders))
     ema = {name: p.detach().clone() for name, p in learning.items()}
     optimizer = torch.optim.AdamW(
         learning.values(), lr=config.lr, betas=(0.9, config.beta2),
         weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
-    step = 0
-    if resume and process.rank == 0:
-        step = load_checkpoint(config, model, learning, ema, optimizer, encoders.names)
-    if resume and process.world > 1:
-        step = tell_all(process, model, learning, ema, optimizer, step)
-    captions = captions_to_film(config, held_source, held_rows, encoders, process)
-    if isinstance(source, data.LatentCache):  # the text encoder has done its work
+    for p in learning.values():  # AdamW would make these at its first step
+        zero = torch.zeros((), device=p.device)
+        optimizer.state[p] |= {"step": zero, "exp_avg": p * 0, "exp_avg_sq": p * 0}
+    tensors = tensors_of(model, learning, ema, optimizer)
+
+    def begin():  # on the first process: weights and checkpoints may lie on its machine alone
+        if resume:
+            return load_checkpoint(config, model.config, encoders.names, tensors)
+        if config.init:
+            process.say(initialize(config, model, encoders))
+            for name, p in learning.items():
+                ema[name].copy_(p)
+        return 0
+
+    def save():
+        save_checkpoint(config, step, model.config, encoders.names, tensors)
+
+    with torch.no_grad():
+        step = process.share(begin)
+        for tensor in [t for content in tensors.values() for t in content.values()]:
+            if process.world > 1:
+                dist.broadcast(tensor, 0)
+    captions = captions_to_film(config, held_out, encoders, process)
+    if isinstance(stream.source, data.LatentCache):  # the text encoder has done its work
         encoders.forget_t5()
-    process.say(banner(config, model, step, len(rows), len(held_rows), process))
+    process.say(banner(config, model, step, stream, held_out, process))
     if config.checkpointing:
         checkpoint_blocks(model)
     if config.compile:
@@ -938,21 +957,18 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
             block.compile()
     parallel = model
     if process.world > 1:
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     metrics = Metrics(config.out, step, process)
-
-    def save():
-        save_checkpoint(config, step, model, ema, optimizer, encoders.names)
-
+    (n, _), cost = split(config, process.world), Cost(config, process)
     loader = iter(DataLoader(
-        Stream(source, rows, config.seed), batch_sampler=Batches(config, step, process),
-        num_workers=config.workers, pin_memory=process.device.startswith("cuda"),
+        stream, pin_memory=process.device.startswith("cuda"), num_workers=config.workers,
+        batch_sampler=[positions_of(s, k, config, process)
+                       for s in range(step, config.steps) for k in range(n)],
         multiprocessing_context="spawn" if config.workers else None, worker_init_fn=leave_signals,
     ))  # fmt: skip
-    n, cost = micro_batches(config, process), Cost(config, process)
     quiet = None if process.rank == 0 else True  # None: a bar on a terminal, else lines (report)
     bar = tqdm(initial=step, total=config.steps, disable=quiet, unit="step")
-    skipped = in_a_row = replaced = 0
+    skipped = in_a_row = replaced = 0  # since this start
     since, clock = step, time.time()
 
     with interruptible() as asked:
@@ -961,15 +977,15 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
             batches, failure = [], None
             try:
                 batches = [next(loader) for _ in range(n)] if step < config.steps else []
-            except BadInput as error:
+            except Exception as error:  # raised again below, when all have stopped and saved
                 failure = error
             stop, failed = process.sum([bool(asked), failure is not None])
             if stop or failed:
                 break
-            if config.due(step):
-                with averaged(learning, ema):
-                    evaluate(config, model, (held_source, held_rows), encoders, captions, step,
-                             metrics, process)  # fmt: skip
+            due = step % config.eval_every == 0 or step % config.film_every == 0
+            if step and (due or step == config.steps):
+                with averaged(learning, ema), torch.compiler.set_stance("force_eager"):
+                    evaluate(config, model, held_out, encoders, captions, step, metrics, process)
                 since, clock = step, time.time()
             if step == config.steps:
                 break
@@ -978,15 +994,15 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
             for k, batch in enumerate(batches):  # gradients add up; DDP averages with the last
                 replaced += batch["replaced"].sum().item()
                 positions = positions_of(step, k, config, process)
-                wait = process.world > 1 and k < n - 1
-                with parallel.no_sync() if wait else nullcontext():
+                more = process.world > 1 and k < n - 1
+                with parallel.no_sync() if more else nullcontext():
                     parts = training_loss(
                         config, parallel, model, batch, encoders, positions, images
                     )  # [3]
                     (parts[0] / n).backward()  # shards are equal, so the mean of means is the mean
                 losses += parts.detach() / n
             if images and config.variant in ("sequential", "parallel"):
-                for block in model.blocks:  # one frame has nothing to connect: let it be as it is
+                for block in model.blocks:  # one frame has nothing to connect, so it learns nothing
                     block.attn_temp.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -1002,8 +1018,8 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
                 process.say(f"step {step}: its gradient is {norm}; skipped ({in_a_row} in a row)")
                 require(in_a_row < config.bad_steps,
                         f"{in_a_row} steps in a row had a gradient that is not finite; the last "
-                        f"checkpoint is {newest_checkpoint(config.out)}: --resume with other data, "
-                        "or start anew with a smaller --lr")  # fmt: skip
+                        f"checkpoint is {newest_checkpoint(config.out)}: --resume with a smaller "
+                        "--lr or --clip")  # fmt: skip
             optimizer.zero_grad()
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
@@ -1011,8 +1027,9 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
                 rate = (step - since) * config.batch_size / (time.time() - clock)
                 line = {"step": step, "loss": loss, "mse": mse, "vlb": vlb, "grad_norm": norm,
                         "lr": learning_rate(config, step - 1), "clips_per_second": rate,
-                        **cost.of(rate), "skipped": skipped, "seconds": time.time() - start,
-                        "replaced": int(process.sum([replaced])[0])}  # fmt: skip
+                        **cost.of(rate / config.frames if images else rate), "skipped": skipped,
+                        "replaced": int(process.sum([replaced])[0]),
+                        "seconds": time.time() - start}  # fmt: skip
                 metrics.write(**line)
                 report(line, bar, config, process)
                 since, clock = step, time.time()
@@ -1023,7 +1040,7 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
             process.share(save)
             process.say(f"stopped after step {step}, saved; go on: --resume --out {config.out}")
     if failed:
-        raise failure or SystemExit(2)
+        raise failure or SystemExit(2)  # the process that failed says why
     if not stop:
         films = ", films.gif, films.png" if config.films else ""
         process.say(f"{config.steps} steps in {time.time() - start:.0f} s, in {config.out}: "
@@ -1060,29 +1077,30 @@ def initialize(config, model, encoders):
     new = load_weights(model, config.init, lambda: encoders.t5.null_caption())
     stored = stored_config(config.init)
     was = f"{stored.space_scale}, {stored.time_scale}" if stored else "none"
-    return (f"from {config.init}: {len(new)} tensors are new; space_scale="
-            f"{model.config.space_scale}, time_scale={model.config.time_scale} (stored: {was})")  # fmt: skip
+    now = f"space_scale={model.config.space_scale}, time_scale={model.config.time_scale}"
+    return f"from {config.init}: {len(new)} tensors are new; {now} (stored: {was})"
 
 
-def banner(config, model, step, clips, held_out, process):
+def banner(config, model, step, stream, held_out, process):
     """The resolved run, once."""
     count = sum(p.numel() for p in model.parameters())
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision = "bf16 over fp32 weights" if process.device.startswith("cuda") else "fp32"
-    n, B = micro_batches(config, process), len(positions_of(0, 0, config, process))
+    n, B = split(config, process.world)
     return (f"{config.model}, {config.variant}: {count:,} parameters, {learning:,} of them learn; "
-            f"{clips} clips of {config.frames}x{config.size}x{config.size}, {held_out} held out; "
-            f"{process.world} process(es) on {process.device}, {precision}, {n} x {B} clips a step "
-            f"each, about {predicted_memory(config, model, process):.2f} GB; steps {step} to "
-            f"{config.steps}\n"
+            f"{len(stream.rows)} clips of {config.frames}x{config.size}x{config.size}, "
+            f"{len(held_out.rows)} held out; {process.world} process(es) on {process.device}, "
+            f"{precision}, {n} x {B} clips a step each, about "
+            f"{predicted_memory(config, model, process):.2f} GB; steps {step} to {config.steps}\n"
             + " ".join(f"{k}={v}" for k, v in asdict(config).items()))  # fmt: skip
 
 
 def main():
+    # Workers ignore the signal by which Python would stop them, should this process end early.
+    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
     given, preset, resume = parse_command_line()
     process = set_up_process(given.get("device", PRESETS[preset].device))
-    config = process.share(lambda: resolve(given, preset, resume))
-    check(config, process.world)
+    config = process.share(lambda: configuration(given, preset, resume, process.world))
     train(config, resume, process)
     if process.world > 1:
         dist.destroy_process_group()

@@ -4,7 +4,7 @@ of a run that was left alone: weights, averages, optimizer and metrics, bit for 
     python tests/kill_loop.py --kills 50 --out out/kill_loop                     # 10 minutes
     python tests/kill_loop.py --kills 5 --signal TERM --processes 2 --micro_batch 1 --workers 2
 
-After every kill each checkpoint that is there must be whole, and the newest never older than before.
+After every kill each checkpoint that is there must be whole, and the newest not older than before.
 The moments are drawn with --seed; what they hit hangs on the machine.
 """
 
@@ -60,22 +60,28 @@ def main():
         data.make_toy(toy, clips=24)
         encoders = data.VAE("assets/vae"), data.T5("assets/t5", 16)
         data.write_cache(toy / "train.csv", toy / "cache", *encoders, 8, 1, 64)
-    options = [f"--data={toy / 'cache'}", f"--steps={6 * args.kills}", "--batch_size=4", "--films=0",
-               "--save_every=2", "--eval_every=10", "--log_every=1", f"--workers={args.workers}",
-               f"--micro_batch={args.micro_batch}"]  # fmt: skip
+    options = [f"--data={toy / 'cache'}", f"--steps={12 * args.kills}", "--batch_size=4",
+               "--films=0", "--save_every=2", "--eval_every=10", "--log_every=1",
+               f"--workers={args.workers}", f"--micro_batch={args.micro_batch}"]  # fmt: skip
     left_alone, killed = args.out / "left_alone", args.out / "killed"
-    assert start(left_alone, options, args.processes, resume=False).communicate() is not None
+    for run in (left_alone, killed):
+        if newest_checkpoint(run):
+            sys.exit(f"error: {run} is of an earlier loop; give another --out")
+    process = start(left_alone, options, args.processes, resume=False)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
 
-    kills = last = in_saving = 0
+    kills, in_training, in_saving, last = 0, 0, 0, -1
     while True:
-        process = start(killed, options, args.processes, resume=newest_checkpoint(killed) is not None)
-        while "parameters" not in (line := process.stdout.readline()):
+        resume = newest_checkpoint(killed) is not None
+        process = start(killed, options, args.processes, resume)
+        while not (line := process.stdout.readline()).startswith("step "):  # a first step is done
             assert line, "it ended before it began"
         if kills == args.kills:
             output = process.communicate()[0]
             assert process.returncode == 0, output
             break
-        time.sleep(choice.uniform(0.0, 2.0))
+        time.sleep(choice.uniform(0.0, 1.0))
         if args.signal == "KILL":
             os.killpg(process.pid, signal.SIGKILL)
         else:
@@ -85,17 +91,20 @@ def main():
             assert process.returncode == 0, output
         kills += 1
         in_saving += bool(list((killed / "checkpoints").glob(".step_*")))
-        step = -1
+        step = -1  # there may be none yet
         for folder in sorted((killed / "checkpoints").glob("step_*")):
             step = json.loads((folder / "state.json").read_text())["step"]
             [open_weights(file) for file in folder.glob("*.safetensors")]
         assert step >= last, f"went back from step {last} to {step}"
-        last = max(step, last)
-        print(f"kill {kills}: at step {last} of {6 * args.kills}", flush=True)
+        in_training += last < step < 12 * args.kills
+        last = step
+        print(f"kill {kills}: at step {last} of {12 * args.kills}", flush=True)
     (a, a_lines), (b, b_lines) = state_of(left_alone), state_of(killed)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert a_lines == b_lines, "metrics.jsonl has a gap, a double or other numbers"
-    print(f"{kills} kills by SIG{args.signal}, {in_saving} of them while saving: all equal")
+    print(f"{kills} kills by SIG{args.signal}, {in_training} after new checkpoints, {in_saving} "
+          "while saving: at the end all is equal")  # fmt: skip
+    assert in_training > 0, "all kills hit the beginning or the end: try another --seed"
 
 
 if __name__ == "__main__":
