@@ -1,6 +1,6 @@
 """The diffusion process: noise schedule, training loss, samplers, and the command that films.
 
-    python sample.py --run out/toy --prompt "a red circle moving left" --guidance 2.5
+    python sample.py --run out/toy --prompt "a red circle moving left" --guidance 2
 
 writes, for each prompt, an MP4 and a GIF, and one contact sheet of all; with --weights, from
 released weights or any that stdit.load_weights reads. The process is IDDPM's

@@ -110,7 +110,7 @@ class TrainConfig:
     film_every: int = 1500  # steps between films, always of the same captions and noise
     films: int = 6  # captions to film; 0: no films, and no accuracy of the toy
     film_steps: int = 20  # denoising steps of those films, of DPM-Solver++
-    guidance: float = 2.5  # of all films; on the toy 4 is less often right, v1 has 7 for its own
+    guidance: float = 2.0  # of all films; on the toy 4 is less often right, v1 has 7 for its own
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # newest checkpoints that are kept
 
