@@ -925,8 +925,8 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
         weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
     for p in learning.values():  # AdamW would make these at its first step
-        zero = torch.zeros((), device=p.device)
-        optimizer.state[p] |= {"step": zero, "exp_avg": p * 0, "exp_avg_sq": p * 0}
+        zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] |= {"step": torch.zeros((), device=p.device), **zeros}
     tensors = tensors_of(model, learning, ema, optimizer)
 
     def begin():  # on the first process: weights and checkpoints may lie on its machine alone
