@@ -10,7 +10,6 @@ The moments are drawn with --seed; what they hit hangs on the machine.
 
 import argparse
 import json
-import os
 import random
 import signal
 import subprocess
@@ -28,12 +27,11 @@ from stdit import newest_checkpoint, open_weights  # noqa: E402
 
 
 def start(out, options, processes, resume):
-    """train.py in a session of its own, so that all its processes can be killed together."""
+    """train.py, under torchrun if there is more than one process."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher = [*torchrun, str(processes)] if processes > 1 else [sys.executable]
     command = [*launcher, ROOT / "train.py", f"--out={out}", *options, *["--resume"] * resume]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def state_of(run):
@@ -83,7 +81,8 @@ def main():
             break
         time.sleep(choice.uniform(0.0, 1.0))
         if args.signal == "KILL":
-            os.killpg(process.pid, signal.SIGKILL)
+            # by what stands in their command lines: torchrun's processes are in no common group
+            subprocess.run(["pkill", "-KILL", "-f", f"train.py --out={killed}"])
         else:
             process.send_signal(signal.SIGTERM)
         output = process.communicate()[0]
