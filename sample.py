@@ -415,9 +415,9 @@ def describe(counts):
     for kind, (n, right, *parts) in (("seen", counts[:5]), ("held-out", counts[5:])):
         low, high = interval(right, max(n, 1))
         shares = zip(("colour", "shape", "direction"), parts)
+        shown = ", ".join(f"{name} {part / max(n, 1):.0%}" for name, part in shares)
         lines.append(f"caption accuracy, {kind} captions: {right / max(n, 1):.1%} of {n} films "
-                     f"(95% interval {low:.0%} to {high:.0%}); "
-                     + ", ".join(f"{name} {part / max(n, 1):.0%}" for name, part in shares))  # fmt: skip
+                     f"(95% interval {low:.0%} to {high:.0%}); {shown}")  # fmt: skip
     return "\n".join(lines)
 
 
