@@ -118,13 +118,14 @@ class TrainConfig:
 # Open-Sora v1's settings, stage by stage: each begins with the weights of the one before. Time: v1
 # has scale 2/3 in its last stage, which is upside down. Frames 2 apart instead of 3 lie 2/3 as far
 # from each other, and place = index / scale, so corresponding places agree at 3/2. Memory: v1's
-# third stage took 8 clips at a time without recomputing; by predicted_memory that is 295 GB here.
+# third stage took 8 clips at a time without recomputing, which by predicted_memory no GPU holds
+# here; so it is 1 at a time, and the same batch.
 V1 = TrainConfig(
     model="STDiT-XL/2", space_scale=0.5, time_scale=1.0, data="", stride=3,
     vae="PixArt-alpha/PixArt-XL-2-512x512", t5="PixArt-alpha/PixArt-XL-2-512x512",
     image_share=0.0, batch_size=512, micro_batch=8, lr=2e-5, warmup=0, cosine=False, beta2=0.999,
     ema=0.9999, t_std=0.0, min_snr=0.0, workers=4, checkpointing=True, log_every=10,
-    eval_every=1000, film_every=1000, film_steps=20, guidance=7.0, save_every=500,
+    eval_every=1000, film_every=1000, guidance=7.0,
 )  # fmt: skip
 PRESETS = {
     "toy": TrainConfig(),
@@ -239,7 +240,8 @@ def check(config, world):
         for name in names.split():
             require(getattr(c, name) >= low, f"{name}={getattr(c, name)}: expected {low} or more")
     require(c.clip > 0, f"clip={c.clip}: expected more than 0")
-    for name in ("image_share", "drop_caption", "max_bad", "ema", "beta2"):
+    require(0 <= c.beta2 < 1, f"beta2={c.beta2}: expected 0 or more, less than 1")
+    for name in ("image_share", "drop_caption", "max_bad", "ema"):
         require(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: expected a share, 0 to 1")
     require(2 <= c.film_steps <= 999, f"film_steps={c.film_steps}: expected 2 to 999")
     pt, *spatial = MODELS[c.model].patch_size
@@ -455,10 +457,11 @@ def prepare_toy(config, encoders):
     c = config
     folder = Path(f"out/toy-data-{c.toy_clips}x{c.frames}x{c.size}x{c.size}")
     data.make_toy(folder, c.toy_clips, c.frames, c.size)
-    for split in ("train", "held_out"):
-        cache = folder / f"cache_{split}"
+    for part in ("train", "held_out"):
         frozen = encoders.vae, encoders.t5
-        data.write_cache(folder / f"{split}.csv", cache, *frozen, c.frames, 1, c.size)
+        data.write_cache(
+            folder / f"{part}.csv", folder / f"cache_{part}", *frozen, c.frames, 1, c.size
+        )
     return folder
 
 

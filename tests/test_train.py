@@ -335,6 +335,8 @@ def test_checkpointing_keeps_less_and_the_prediction_says_so():
     fixed = 20 * sum(p.numel() for p in model.parameters())
     predicted = 1e9 * train.predicted_memory(plain, model, process) - fixed
     assert 0.8 < predicted / bytes_plain < 1.1  # it leaves out the embedders and the last layer
+    predicted_less = 1e9 * train.predicted_memory(less, model, process) - fixed
+    assert bytes_less < predicted_less < 0.5 * predicted  # the inside of one block comes on top
 
 
 # --- presets
@@ -603,6 +605,7 @@ def parse(monkeypatch, *options):
     (["--size", "72"], "size=72 must be a multiple of 16 .* try --size"),
     (["--steps", "0"], "steps=0"),
     (["--film_steps", "1"], "film_steps=1"),
+    (["--beta2", "1"], "beta2=1.0: expected 0 or more, less than 1"),
     (["--frames", "1"], "the toy is about motion"),
     (["--drop_caption", "1.5"], "drop_caption=1.5"),
     (["--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
