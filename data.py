@@ -22,12 +22,16 @@ import os
 import sys
 import time
 import zlib
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -51,6 +55,11 @@ def command(main, *more):
         message = str(error).splitlines()[-1].removeprefix("data.BadInput: ")
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def require(ok, message):
+    if not ok:
+        raise BadInput(message)
 
 
 def warn(message):
@@ -119,8 +128,6 @@ def pick_device(name):
 def progress(items, label):
     """Iterate over items: a tqdm bar on a terminal, else a plain line every 15 seconds."""
     if sys.stderr.isatty():
-        from tqdm import tqdm
-
         yield from tqdm(items, desc=label, leave=False)
         return
     start = last = time.time()
@@ -132,6 +139,88 @@ def progress(items, label):
                 f"{label}: {done} of {len(items)}, {left:.0f} s left", file=sys.stderr, flush=True
             )
         yield item
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+#
+# torchrun starts a process per GPU, on one machine or many, and tells each its rank. Every process
+# takes its part of the work. What they have to tell each other, but for gradients, goes through the
+# CPU (gloo), so that it never waits for a GPU.
+
+
+class Process(NamedTuple):
+    """Which of the processes this one is, how many there are, its device, and their gloo group."""
+
+    rank: int
+    world: int
+    device: str
+    group: object = None
+
+    def sum(self, values):
+        """Sum a list of numbers over all processes."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def share(self, work):
+        """What work() gives on the first process, for all, for files may lie on its machine alone.
+        If it fails, all end, and the first says why.
+        """
+        answer = failure = None
+        if self.rank == 0:
+            try:
+                answer = work()
+            except Exception as error:
+                failure = error
+        if self.world > 1:
+            box = [answer, failure is not None]
+            dist.broadcast_object_list(box, 0, group=self.group)
+            answer, failed = box
+            if failed and self.rank:
+                raise SystemExit(2)
+        if failure:
+            raise failure
+        return answer
+
+    def gather(self, items):
+        """The lists of all processes one after the other, on the first process."""
+        lists = [items] * self.world
+        if self.world > 1:
+            dist.gather_object(items, lists if self.rank == 0 else None, group=self.group)
+        return sum(lists, [])
+
+    def mine(self, items):
+        """The part of a list that this process takes."""
+        n = len(items)
+        return items[self.rank * n // self.world : (self.rank + 1) * n // self.world]
+
+    def say(self, text):
+        """Print, on the first process alone, without cutting through the progress bar."""
+        if self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+
+def set_up_process(device):
+    """Read torchrun's variables; without torchrun, one process."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in names)
+    device = pick_device(device)
+    require(device != "mps" or world == 1,
+            "MPS is one device: start one process, or give --device cpu")  # fmt: skip
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        require(local < gpus, f"process {local} of this machine has no GPU, for there are {gpus}; "
+                              "start fewer processes")  # fmt: skip
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if world == 1:
+        return Process(rank, world, device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # Patient: the others wait here while the first makes the toy, or reads or writes large weights.
+    return Process(rank, world, device, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -24,15 +24,12 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import NormalDist
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,10 +42,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from data import BadInput, command, keyed_generator, warn, write_json, write_whole
+from data import (
+    BadInput, Process, command, keyed_generator, require, set_up_process, warn, write_json,
+    write_whole,
+)  # fmt: skip
 from sample import (
     TRAINING, autocast, caption_accuracy, check_encoder, describe, diffusion_loss, film, film_keys,
-    pick_device, q_sample, write_gif, write_sheet,
+    q_sample, write_gif, write_sheet,
 )  # fmt: skip
 from stdit import (
     MODELS, VARIANTS, BadWeights, Block, STDiT, checkpoint_blocks, drop_captions, find_weights,
@@ -174,21 +174,18 @@ def parse_command_line():
 
 
 def configuration(given, preset, resume, world=1):
-    """The configuration that is asked for, checked, or BadInput, BadWeights."""
-    config = resolve(given, preset, resume)
-    check(config, world)
-    if config.init and not resume:
-        find_weights(config.init)  # complain now if there are none
-    return config
-
-
-def resolve(given, preset, resume):
-    """The configuration: of the preset or, to resume, of the run; over it what was given."""
+    """The configuration, checked: of the preset or, to resume, of the run in `out`; over it
+    what was given on the command line. BadInput, BadWeights.
+    """
     out = given.get("out", PRESETS[preset].out)
     last = newest_checkpoint(out)
     if not resume:
         require(not last, f"{out} holds a run already; go on with --resume, or give another --out")
-        return replace(PRESETS[preset], **given)
+        config = replace(PRESETS[preset], **given)
+        check(config, world)
+        if config.init:
+            find_weights(config.init)  # complain now if there are none
+        return config
     require(last, f"{out} holds no run to resume, no checkpoints/step_*; start without --resume")
     state = read_state(last)
     other = sorted(state["config"].keys() - {f.name for f in fields(TrainConfig)})
@@ -201,6 +198,7 @@ def resolve(given, preset, resume):
     config = replace(config, **given)
     require(config.steps >= state["step"],
             f"steps={config.steps}: {out} has done {state['step']}; ask for more")  # fmt: skip
+    check(config, world)
     return config
 
 
@@ -217,14 +215,19 @@ def true_or_false(text):
     return ("false", "true").index(text.lower()) == 1
 
 
-def require(ok, message):
-    if not ok:
-        raise BadInput(message)
-
-
 def nearest(name, names):
     found = difflib.get_close_matches(name, names, cutoff=0.4)
     return f"nearest: {', '.join(found)}" if found else "see --help"
+
+
+RANGES = (
+    (1, math.inf, "steps stride fps log_every eval_every film_every save_every keep bad_steps "
+                  "toy_clips"),
+    (0, math.inf, "films workers warmup min_snr lr weight_decay t_std space_scale time_scale "
+                  "micro_batch"),
+    (0, 1, "image_share drop_caption max_bad ema"),
+    (0, 0.99999, "beta2"), (1e-9, math.inf, "clip"), (2, 999, "film_steps"),
+)  # fmt: skip
 
 
 def check(config, world):
@@ -233,17 +236,10 @@ def check(config, world):
     for field, names in (("model", MODELS), ("variant", VARIANTS), ("trained", TRAINED)):
         value = getattr(c, field)
         require(value in names, f"{field}={value!r} is unknown; {nearest(value, names)}")
-    for low, names in ((1, "steps stride fps log_every eval_every film_every save_every keep "
-                           "bad_steps toy_clips"),
-                       (0, "films workers warmup min_snr lr weight_decay t_std space_scale "
-                           "time_scale micro_batch")):  # fmt: skip
+    for low, high, names in RANGES:
         for name in names.split():
-            require(getattr(c, name) >= low, f"{name}={getattr(c, name)}: expected {low} or more")
-    require(c.clip > 0, f"clip={c.clip}: expected more than 0")
-    require(0 <= c.beta2 < 1, f"beta2={c.beta2}: expected 0 or more, less than 1")
-    for name in ("image_share", "drop_caption", "max_bad", "ema"):
-        require(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: expected a share, 0 to 1")
-    require(2 <= c.film_steps <= 999, f"film_steps={c.film_steps}: expected 2 to 999")
+            value = getattr(c, name)
+            require(low <= value <= high, f"{name}={value}: expected {low} to {high}")
     pt, *spatial = MODELS[c.model].patch_size
     unit = 8 * math.lcm(*spatial)  # 8 is the VAE's factor
     near = max(unit, round(c.size / unit) * unit)
@@ -335,88 +331,6 @@ def draw_choice(config, purpose, positions):
     """A number in [0, 1) per sample: [B]."""
     keys = [(config.seed, purpose, p) for p in positions]
     return torch.cat([torch.rand(1, generator=keyed_generator(*key)) for key in keys])
-
-
-# ---------------------------------------------------------------------------------------------
-# Processes
-#
-# torchrun starts a process per GPU, on one machine or many, and tells each its rank. Every process
-# has the same weights and its own clips; gradients are averaged over all. What has to be agreed on
-# besides goes through the CPU (gloo), so that it never waits for a GPU.
-
-
-class Process(NamedTuple):
-    """Which of the processes this one is, how many there are, its device, and their gloo group."""
-
-    rank: int
-    world: int
-    device: str
-    group: object = None
-
-    def sum(self, values):
-        """Sum a list of numbers over all processes."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(total, group=self.group)
-        return total.tolist()
-
-    def share(self, work):
-        """What work() gives on the first process, for all, for files may lie on its machine alone.
-        If it fails, all end, and the first says why.
-        """
-        answer = failure = None
-        if self.rank == 0:
-            try:
-                answer = work()
-            except Exception as error:
-                failure = error
-        if self.world > 1:
-            box = [answer, failure is not None]
-            dist.broadcast_object_list(box, 0, group=self.group)
-            answer, failed = box
-            if failed and self.rank:
-                raise SystemExit(2)
-        if failure:
-            raise failure
-        return answer
-
-    def gather(self, items):
-        """The lists of all processes one after the other, on the first process."""
-        lists = [items] * self.world
-        if self.world > 1:
-            dist.gather_object(items, lists if self.rank == 0 else None, group=self.group)
-        return sum(lists, [])
-
-    def mine(self, items):
-        """The part of a list that this process takes."""
-        n = len(items)
-        return items[self.rank * n // self.world : (self.rank + 1) * n // self.world]
-
-    def say(self, text):
-        """Print, on the first process alone, without cutting through the progress bar."""
-        if self.rank == 0:
-            tqdm.write(text)
-            sys.stdout.flush()
-
-
-def set_up_process(device):
-    """Read torchrun's variables; without torchrun, one process."""
-    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in names)
-    device = pick_device(device)
-    require(device != "mps" or world == 1,
-            "MPS is one device: start one process, or give --device cpu")  # fmt: skip
-    if device == "cuda":
-        gpus = torch.cuda.device_count()
-        require(local < gpus, f"process {local} of this machine has no GPU, for there are {gpus}; "
-                              "start fewer processes")  # fmt: skip
-        device = f"cuda:{local}"
-        torch.cuda.set_device(device)
-    if world == 1:
-        return Process(rank, world, device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    # Patient: the others wait here while the first makes the toy, or reads or writes large weights.
-    return Process(rank, world, device, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
 
 
 # ---------------------------------------------------------------------------------------------
