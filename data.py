@@ -1,12 +1,15 @@
-"""From video files to what the network sees: clips, frozen encoders, cache, and the toy.
+"""From video files to what the network sees: clips, captions, frozen encoders, cache, and the toy.
 
     python data.py toy --out DIR                draw captioned films of moving shapes
-    python data.py cache clips.csv --out DIR    encode every clip and caption once
+    python data.py caption SOURCE               describe clips that have no caption, with LLaVA
+    python data.py show SOURCE --out DIR        look at what training will see
+    python data.py cache SOURCE --out DIR       encode every clip and caption once
 
-A data set is a CSV with the header "path,text"; paths are relative to it. A clip read from it is
-uint8 frames; the frozen VAE makes latents of them, the frozen T5 makes tokens of the caption, and a
-cache keeps both, since neither changes in training. torchvision, diffusers, transformers and av are
-imported where they are used: training from a cache needs none of them.
+A SOURCE is a folder of videos and images, each with its caption in a .txt beside it, or a CSV with
+the header "path,text" (paths relative to it). A clip that is read is uint8 frames; the frozen VAE
+makes latents of them, the frozen T5 makes tokens of the caption, and a cache keeps both, since
+neither changes in training. av, torchvision, diffusers and transformers are imported where they are
+used: training from a cache needs none of them.
 
 Shapes, in this file:
     B batch    T frames    H, W height and width in pixels    C latent channels (4)
@@ -16,14 +19,20 @@ Shapes, in this file:
 import argparse
 import csv
 import hashlib
+import html
 import json
 import math
+import mimetypes
+import multiprocessing
 import os
+import re
 import sys
 import time
 import zlib
+from bisect import bisect_right
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,32 +121,24 @@ def pick_device(name):
     """auto: CUDA, else MPS, else CPU; anything else as it is, or BadInput if the machine
     lacks it.
     """
-    have = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    name = next(d for d in have if have[d]) if name == "auto" else name
-    if not have.get(name):
-        raise BadInput(
-            f"device={name} is not on this machine; have {', '.join(d for d in have if have[d])}"
-        )
-    return name
+    have = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    have.append("cpu")
+    require(name in ("auto", *have), f"device={name} is not on this machine; have {have}")
+    return have[0] if name == "auto" else name
 
 
-def progress(items, label):
+def progress(items, label, total=None):
     """Iterate over items: a tqdm bar on a terminal, else a plain line every 15 seconds."""
+    total = len(items) if total is None else total
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, leave=False)
+        yield from tqdm(items, desc=label, leave=False, total=total)
         return
     start = last = time.time()
     for done, item in enumerate(items):
         if time.time() - last > 15:
             last = time.time()
-            left = (last - start) / done * (len(items) - done)
-            print(
-                f"{label}: {done} of {len(items)}, {left:.0f} s left", file=sys.stderr, flush=True
-            )
+            left = f"{(last - start) / done * (total - done):.0f} s left" if done else "just begun"
+            print(f"{label}: {done} of {total}, {left}", file=sys.stderr, flush=True)
         yield item
 
 
@@ -230,7 +231,10 @@ def set_up_process(device):
 # from its beginning to get 16 frames of it is where v1 spent most of its loading time. Here the
 # packets are listed first, which decodes nothing: a frame's index is the rank of its presentation
 # time among them. Then the decoder starts at the last keyframe before the first frame that is
-# wanted and stops at the last.
+# wanted and stops at the last. An image is a video of one frame.
+
+LARGEST = 8192 * 8192  # pixels; a file that declares more is damaged, or would fill the memory
+NOT_CLIPS = {".txt", ".csv", ".json"}  # what else may lie in a folder of clips
 
 
 class BadClip(Exception):
@@ -239,112 +243,148 @@ class BadClip(Exception):
     """
 
 
-def read_table(path):
-    """The rows of a CSV with header path,text -> list of (path, caption)."""
-    path = Path(path)
+def read_table(source, columns=("path", "text")):
+    """A folder or a CSV -> list of (path, caption), "" where there is no caption; or BadInput."""
+    source = Path(source)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
-            reader = csv.DictReader(file)
-            missing = {"path", "text"} - set(reader.fieldnames or ())
-            if missing:
-                raise BadInput(
-                    f"{path}: no column {' and no column '.join(sorted(missing))}; found "
-                    f"{reader.fieldnames or 'nothing'}, expected a header line path,text"
-                )
-            rows = [(path.parent / row["path"], (row["text"] or "").strip()) for row in reader]
+        rows = read_folder(source) if source.is_dir() else read_csv(source, columns)
     except FileNotFoundError:
-        raise BadInput(f"{path} is not there; give a CSV with the header path,text") from None
-    except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
-        raise BadInput(
-            f"{path} is not a CSV file ({error}); give one with the header path,text"
-        ) from None
-    if not rows:
-        raise BadInput(f"{path} lists no clip; add a line path,text for each")
+        raise BadInput(f"{source} is not there; give a folder of clips, or a CSV with the header "
+                       "path,text") from None  # fmt: skip
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{source} is no CSV ({error}); give one with the header path,text, or a "
+                       "folder of clips") from None  # fmt: skip
+    require(rows, f"{source} lists no clip; expected videos or images, or lines path,text")
     return rows
 
 
+def read_folder(folder):
+    """Everything in a folder, and in those inside it, that may be a clip; captions lie beside."""
+    rows = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        inner = path.is_dir() and not str(mimetypes.guess_type(path)[0]).startswith("video/")
+        if not (hidden or inner or path.suffix.lower() in NOT_CLIPS):
+            beside = path.with_suffix(".txt")
+            text = beside.read_text("utf-8", "replace") if beside.is_file() else ""
+            rows.append((path, " ".join(text.split())))
+    return rows
+
+
+def read_csv(path, columns):
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
+        reader = csv.DictReader(file)
+        missing = sorted(set(columns) - set(reader.fieldnames or ()))
+        require(not missing, f"{path}: no column {' and no column '.join(missing)}; found "
+                f"{reader.fieldnames or 'nothing'}, expected a header line path,text")  # fmt: skip
+        return [(path.parent / row["path"], (row.get("text") or "").strip()) for row in reader]
+
+
 def open_video(path):
-    """Open a video file -> (container, its first video stream), or BadClip."""
+    """Open a video or image -> (container, its first video stream), or BadClip."""
     import av
 
+    path = Path(path)
+    if path.is_dir() or not path.exists() or path.stat().st_size == 0:
+        raise BadClip("is a directory" if path.is_dir() else
+                      "is empty" if path.exists() else "is not there")  # fmt: skip
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
-        raise BadClip(
-            "is not there" if not Path(path).exists() else f"can't be opened: {error}"
-        ) from None
-    if not container.streams.video:
+        raise BadClip(f"can't be opened: {error.strerror}") from None
+    streams = container.streams.video
+    size = (streams[0].codec_context.width, streams[0].codec_context.height) if streams else (1, 1)
+    if not streams or not 0 < math.prod(size) <= LARGEST:
         container.close()
-        raise BadClip("has no video stream")
-    return container, container.streams.video[0]
+        raise BadClip("declares a picture of {} x {} pixels".format(*size) if streams else
+                      "has no video stream")  # fmt: skip
+    return container, streams[0]
 
 
 def frame_times(path):
-    """Presentation times of all frames, in order, in units of the stream's time base. Decodes
-    nothing.
-    """
+    """Presentation times of all frames, in order, and their unit in seconds; decodes nothing."""
     import av
 
     container, stream = open_video(path)
     with container:
         try:
-            times = [
-                p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard
-            ]
+            packets = [p for p in container.demux(stream) if p.size]
         except av.FFmpegError as error:
-            raise BadClip(f"can't be read: {error}") from None
-    return sorted(times)
+            raise BadClip(f"can't be read: {error.strerror}") from None
+        if stream.frames > len(packets):
+            raise BadClip(f"was cut off: {len(packets)} of its {stream.frames} frames are there")
+        if any(p.pts is None for p in packets):
+            raise BadClip("does not say when its frames are shown; put it into another container: "
+                          "ffmpeg -i FILE -c copy FILE.mp4")  # fmt: skip
+        return sorted({p.pts for p in packets if not p.is_discard}), float(stream.time_base)
 
 
-def span_length(frames, stride):
-    """Source frames from the first to the last that is kept, both included."""
-    return (frames - 1) * stride + 1
+def first_frames(times, unit, frames, stride, fps):
+    """How many of a clip's frames leave room for the rest of a span that begins there; BadClip if
+    none does.
+    """
+    if fps:
+        need = f"{frames} frames, {fps:g} a second, need {(frames - 1) / fps:.2f} s"
+        room = bisect_right(times, times[-1] - (frames - 1) / fps / unit + 0.5) if times else 0
+    else:
+        need = f"{frames} frames at stride {stride} need {(frames - 1) * stride + 1}"
+        room = len(times) - (frames - 1) * stride
+    if room < 1:
+        length = f" in {(times[-1] - times[0]) * unit:.2f} s" if fps and times else ""
+        raise BadClip(f"has {len(times)} frames{length}; {need}")
+    return room
 
 
-def checked_times(path, frames, stride):
-    """frame_times of a clip that is long enough, or BadClip."""
-    times = frame_times(path)
-    if len(times) < span_length(frames, stride):
-        raise BadClip(
-            f"has {len(times)} frames; {frames} frames at stride {stride} need "
-            f"{span_length(frames, stride)}"
-        )
-    return times
-
-
-def read_frames(path, frames, stride, generator=None):
-    """Decode T = `frames` frames, `stride` source frames apart -> uint8 [T, 3, H, W] in RGB.
-
-    The first is drawn by the generator among all that leave room for the rest; without one it is
-    the middle one of them. BadClip if the file is too short or can't be decoded.
+def decode(path, wanted, change=lambda frame: frame):
+    """The frames at these presentation times -> uint8 [T, 3, H, W] in RGB, turned as the file says.
+    `change` is applied to each frame [3, H, W], so that no more than one is held in full size.
+    Colours are FFmpeg's: those that the file declares, BT.601 where it declares none.
     """
     import av
     import numpy as np
 
-    times = checked_times(path, frames, stride)
-    room = len(times) - span_length(frames, stride) + 1
+    found, missing = {}, set(wanted)
+    for start in (wanted[0], None):  # some containers (AVI) seek too far: then from the beginning
+        container, stream = open_video(path)
+        with container:
+            try:
+                if start is not None:
+                    container.seek(start, stream=stream, backward=True)
+                for frame in container.decode(stream):
+                    if frame.pts in missing:
+                        image = frame.to_ndarray(format="rgb24")  # [H, W, 3]
+                        image = np.rot90(image, round(frame.rotation / 90))  # phones lie on a side
+                        image = torch.from_numpy(image.copy()).permute(2, 0, 1)  # [3, H, W]
+                        found[frame.pts] = change(image)
+                        missing.remove(frame.pts)
+                        if not missing:
+                            return torch.stack([found[t] for t in wanted])
+                    elif not found and frame.pts is not None and frame.pts > wanted[0]:
+                        break
+            except av.FFmpegError as error:
+                raise BadClip(f"can't be decoded: {error.strerror}") from None
+    raise BadClip(f"can't be decoded: {len(missing)} of {len(wanted)} frames are not in it")
+
+
+def read_frames(path, frames, stride=1, generator=None, fps=0, change=lambda frame: frame):
+    """T = `frames` frames of a clip -> uint8 [T, 3, H, W]. They are `stride` source frames apart;
+    or, with fps, frame k is the one that is shown k / fps seconds after the first, whatever the
+    clip's own rate. The first is drawn by the generator among all that leave room for the rest;
+    without one it is the middle one of them. BadClip if there is no room, or it can't be decoded.
+    """
+    times, unit = frame_times(path)
+    room = first_frames(times, unit, frames, stride, fps)
     start = room // 2 if generator is None else int(torch.randint(room, (1,), generator=generator))
-    wanted = times[start : start + span_length(frames, stride) : stride]
-    container, stream = open_video(path)
-    found = {}
-    with container:
-        try:
-            container.seek(wanted[0], stream=stream, backward=True)
-            for frame in container.decode(stream):
-                if frame.pts in wanted:
-                    found[frame.pts] = frame.to_ndarray(format="rgb24")  # [H, W, 3]
-                if len(found) == len(wanted):
-                    break
-        except av.FFmpegError as error:
-            raise BadClip(f"can't be decoded: {error}") from None
-    if len(found) < len(wanted):
-        raise BadClip(f"only {len(found)} of the {len(wanted)} frames wanted could be decoded")
-    # [T, 3, H, W]
-    return torch.from_numpy(np.stack([found[t] for t in wanted])).permute(0, 3, 1, 2)
+    if fps:
+        moments = [times[start] + k / fps / unit + 0.5 for k in range(frames)]
+        wanted = [times[bisect_right(times, moment) - 1] for moment in moments]
+    else:
+        wanted = times[start : start + (frames - 1) * stride + 1 : stride]
+    return decode(path, wanted, change)
 
 
 def fit(frames, height, width):
-    """Resize until height x width is just covered, then cut out the centre. uint8 [T, 3, H, W],
+    """Resize until height x width is just covered, then cut out the centre. uint8 [..., 3, H, W],
     antialiased.
     """
     from torchvision.transforms.v2 import functional as tv
@@ -352,10 +392,95 @@ def fit(frames, height, width):
     H, W = frames.shape[-2:]
     scale = max(height / H, width / W)
     if scale != 1:
-        frames = tv.resize(
-            frames, [max(height, round(H * scale)), max(width, round(W * scale))], antialias=True
-        )
+        size = [max(height, round(H * scale)), max(width, round(W * scale))]
+        frames = tv.resize(frames, size, antialias=True)
     return tv.center_crop(frames, [height, width])
+
+
+def why_unusable(row, frames, stride, fps):
+    """Why the clip of a row (path, caption) can't be used, or None. Lists its packets and decodes
+    from the last keyframe to the end: a file that lost a part is found now, one that is damaged
+    here and there when it is read.
+    """
+    path, text = row
+    try:
+        if not text:
+            raise BadClip("has no caption: write one, or run data.py caption")
+        times, unit = frame_times(path)
+        first_frames(times, unit, frames, stride, fps)
+        decode(path, times[-1:])
+    except BadClip as error:
+        return str(error)
+
+
+class Clips:
+    """Clips read from their files. clips[row, position] -> {"frames": uint8 [T, 3, height, width],
+    "text": str}, or BadClip if it turns out now that the file can't be decoded. `position` keys the
+    draw of the span and, if flip, of left and right.
+
+    Rows that can't be used are found now (or are `known` from an earlier look), named and left out;
+    if they are more than the share `max_bad`, that is no accident and the run ends.
+    """
+
+    def __init__(self, source, frames, stride, size, seed, max_bad=0.5, *, width=0, fps=0,
+                 flip=False, clean=False, known=None):  # fmt: skip
+        rows = read_table(source)
+        if clean:
+            rows = [(path, clean_caption(text)) for path, text in rows]
+        self.frames, self.stride, self.fps, self.flip = frames, stride, fps, flip
+        self.height, self.width, self.seed, self.count = size, width or size, seed, len(rows)
+        self.identity = identity(source, rows)
+        check = partial(why_unusable, frames=frames, stride=stride, fps=fps)
+        reasons = known or look_through(rows, check)
+        self.known, numbered = reasons, list(enumerate(zip(rows, reasons)))
+        self.rows = [(n, *row) for n, (row, reason) in numbered if not reason]
+        self.skipped = [{"row": n, "path": row[0].name, "reason": reason}
+                        for n, (row, reason) in numbered if reason]  # fmt: skip
+        for n, (row, reason) in numbered if not known else ():
+            if reason:
+                warn(f"{row[0]} {reason}; skipped")
+        bad = f"{source}: {len(self.skipped)} of {len(rows)} clips can't be used"
+        require(self.rows and len(self.skipped) <= max_bad * len(rows),
+                f"{bad}, more than the share max_bad={max_bad}; mend the list, or ask for fewer "
+                "frames or a smaller stride")  # fmt: skip
+        if self.skipped:
+            warn(f"{bad} and are left out")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def text(self, row):
+        return self.rows[row][2]
+
+    def __getitem__(self, key):
+        row, position = key
+        _, path, text = self.rows[row]
+        generator = keyed_generator(self.seed, "span", position)
+        change = partial(fit, height=self.height, width=self.width)
+        frames = read_frames(path, self.frames, self.stride, generator, self.fps, change)
+        coin = torch.rand(1, generator=keyed_generator(self.seed, "flip", position))
+        if self.flip and coin < 0.5:
+            frames = frames.flip(-1)
+        return {"frames": frames, "text": text}
+
+
+def identity(source, rows):
+    """12 hex digits that tell one list of clips and captions from another, wherever it lies."""
+    listed = [(os.path.relpath(path, source), text) for path, text in rows]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
+
+
+def look_through(rows, check):
+    """What check says of each row; of many rows in as many processes as there are CPUs."""
+    if len(rows) < 512:
+        return [check(row) for row in progress(rows, "looking through clips")]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(check, rows, chunksize=16)
+        return list(progress(found, "looking through clips", len(rows)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures: films for any player, and what people look at
 
 
 def write_video(path, frames, fps):
@@ -364,11 +489,8 @@ def write_video(path, frames, fps):
     """
     import av
 
-    options = {
-        "crf": "16",
-        "preset": "fast",
-        "x264-params": "threads=1:lookahead-threads=1:sync-lookahead=0:rc-lookahead=0:mbtree=0",
-    }
+    exact = "threads=1:lookahead-threads=1:sync-lookahead=0:rc-lookahead=0:mbtree=0"
+    options = {"crf": "16", "preset": "fast", "x264-params": exact}
 
     def write(beside):
         with av.open(str(beside), "w", format="mp4") as container:
@@ -382,48 +504,144 @@ def write_video(path, frames, fps):
     write_whole(path, write)
 
 
-class Clips:
-    """Clips read from their files. clips[row, position] -> {"frames": uint8 [T, 3, size, size],
-    "text": str}, or BadClip if it turns out now that the file can't be decoded.
+def enlarge(video):
+    """Repeat the pixels of a small film, uint8 [T, 3, H, W], until it is about 256 high."""
+    k = max(1, round(256 / video.shape[-2]))
+    return video.repeat_interleave(k, -1).repeat_interleave(k, -2)
 
-    Rows that are absent, unreadable or too short are found now, by demuxing, named and left out; if
-    they are more than the share `max_bad`, that is no accident and the run ends. `position` keys
-    the draw of the span.
+
+def write_gif(path, video, fps):
+    """uint8 [T, 3, H, W] -> an endless GIF."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in enlarge(video)]
+    duration = round(1000 / fps)  # ms per frame
+    write_whole(path, lambda p: images[0].save(
+        p, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0,
+    ))  # fmt: skip
+
+
+def write_sheet(path, videos, captions):
+    """A PNG with a row per film, uint8 [T, 3, H, W]: its caption, and below it at most 8 frames."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    T = videos[0].shape[0]
+    rows = [enlarge(v[torch.linspace(0, T - 1, min(T, 8)).round().long()])[..., ::2, ::2]
+            for v in videos]  # fmt: skip
+    h, w = rows[0].shape[-2:]
+    sheet = Image.new("RGB", (len(rows[0]) * (w + 4) + 4, len(rows) * (h + 24) + 4), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (frames, caption) in enumerate(zip(rows, captions)):
+        draw.text((6, r * (h + 24) + 4), caption, fill="black", font=ImageFont.load_default(14))
+        for k, frame in enumerate(frames):
+            place = 4 + k * (w + 4), r * (h + 24) + 24
+            sheet.paste(Image.fromarray(frame.permute(1, 2, 0).numpy()), place)
+    write_whole(path, lambda p: sheet.save(p, format="PNG"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Captions
+#
+# Captions from the web are full of what no film shows: addresses, file names, catalogue numbers.
+# v1 cleans them, and the prompts that it is given, and so does whatever is trained on clips from
+# outside. Where there is no caption at all, LLaVA writes one from three frames (report, D3).
+
+CLEANING = (  # in this order: (pattern, what takes its place), in lower case
+    (r"https?://\S+|www\.\S+", " "),  # addresses
+    (r"<[^>]*>", " "),  # tags
+    (r"\S+@\S+|@[\w.]+", " "),  # mail addresses, nicknames
+    (r"\S+\.(jpe?g|png|gif|webp|mp4|mov|avi|webm|mkv)\b", " "),  # file names
+    (r"#?\b\d{6,}\b|#\d+\b|\b\d{3,4}\s*[x×]\s*\d{3,4}\b", " "),  # catalogue numbers, sizes
+    (r"\b(royalty[- ]free|free download|stock (video|footage|photo|image)s?)\b", " "),
+    (r"[“”„«»″]", '"'), (r"[‘’‚`´′]", "'"),  # one kind of quotes,
+    (r"[‐‑‒–—―−]", "-"),  # and of dashes
+    (r"[#_|\\/*^~=+<>\[\]{}]+", " "),  # signs of layout
+    (r"([.,!?;:'\"-])\1+", r"\1"),  # repeated signs
+    (r"\s+([.,!?;:])", r"\1"), (r"\s+", " "), (r"^[\s.,;:'\"-]+|[\s,;:'\"-]+$", ""),
+)  # fmt: skip
+QUESTION = (
+    "These three pictures are from one video, in their order. Describe the video in two to four "
+    "sentences: who or what is to be seen and where, what moves and how, how the camera moves, and "
+    "the style, such as drawing, film or aerial view. Write only what can be seen. Do not mention "
+    "pictures or frames."
+)  # what LLaVA is asked
+
+
+def clean_caption(text):
+    """A caption without what says nothing about the film; lower case, as v1 has it."""
+    text = html.unescape(html.unescape(text)).lower()
+    for pattern, instead in CLEANING:
+        text = re.sub(pattern, instead, text)
+    return text
+
+
+def write_captions(source, llava, device, overwrite=False, batch_size=8, question=QUESTION):
+    """Ask LLaVA (a folder or Hub name) about every clip of a folder or CSV that has no caption, or
+    about all -> how many were described. They are written after every batch, into the .txt beside
+    the clip or the CSV's column text; run again, it goes on.
     """
+    rows = read_table(source, columns=("path",))
+    todo = [i for i, (_, text) in enumerate(rows) if overwrite or not text]
+    if not todo:
+        return 0
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    def __init__(self, table, frames, stride, size, seed, max_bad=0.5):
-        rows = read_table(table)
-        self.frames, self.stride, self.size, self.seed = frames, stride, size, seed
-        self.rows, self.skipped = [], []
-        for number, (path, text) in enumerate(progress(rows, "checking clips")):
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    processor = load_frozen(AutoProcessor.from_pretrained, llava, "")
+    model = load_frozen(AutoModelForImageTextToText.from_pretrained, llava, "", dtype=dtype)
+    model, processor.tokenizer.padding_side = model.to(device), "left"  # answers begin together
+    prompt = f"USER: {'<image>' * 3}\n{question} ASSISTANT:"
+    if processor.chat_template:
+        content = [{"type": "image"}] * 3 + [{"type": "text", "text": question}]
+        talk = [{"role": "user", "content": content}]
+        prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+    described, new = 0, {}
+    parts = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
+    for part in progress(parts, f"describing {source}, batches of {batch_size}"):
+        pictures = {}
+        for i in part:
             try:
-                checked_times(path, frames, stride)
-                self.rows.append((number, path, text))
+                times, _ = frame_times(rows[i][0])
+                moments = [times[int(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8)]
+                pictures[i] = [decode(rows[i][0], [t])[0] for t in moments]  # 3 of [3, H, W]
             except BadClip as error:
-                self.skipped.append({"row": number, "path": path.name, "reason": str(error)})
-                warn(f"{path} {error}; skipped")
-        if self.skipped:
-            warn(f"{len(self.skipped)} of {len(rows)} clips of {table} are skipped")
-        if len(self.skipped) > max_bad * len(rows) or not self.rows:
-            raise BadInput(
-                f"{table}: {len(self.skipped)} of {len(rows)} clips can't be used, more than the "
-                f"share max_bad={max_bad}; mend the list, or ask for fewer frames or a smaller "
-                "stride"
-            )
+                warn(f"{rows[i][0]} {error}; it gets no caption")
+        if not pictures:
+            continue
+        inputs = processor(text=[prompt] * len(pictures), images=list(pictures.values()),
+                           padding=True, return_tensors="pt").to(device, dtype)  # fmt: skip
+        with torch.no_grad():
+            answers = model.generate(**inputs, do_sample=False, max_new_tokens=110)
+        answers = processor.batch_decode(answers[:, inputs["input_ids"].shape[1] :],
+                                         skip_special_tokens=True)  # fmt: skip
+        new |= {i: " ".join(answer.split()) for i, answer in zip(pictures, answers)}
+        described += len(pictures)
+        save_captions(source, rows, new)
+    return described
 
-    def __len__(self):
-        return len(self.rows)
 
-    def text(self, row):
-        return self.rows[row][2]
+def save_captions(source, rows, new):
+    """Write {row: caption} beside the clips of a folder, or into the CSV, whose other columns
+    stay.
+    """
+    if Path(source).is_dir():
+        for i, text in new.items():
+            beside = rows[i][0].with_suffix(".txt")
+            write_whole(beside, lambda p, text=text: p.write_text(text + "\n", "utf-8"))
+        new.clear()
+        return
+    with open(source, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        names, lines = list(dict.fromkeys([*reader.fieldnames, "text"])), list(reader)
+    for i, text in new.items():
+        lines[i]["text"] = text
 
-    def __getitem__(self, key):
-        row, position = key
-        _, path, text = self.rows[row]
-        frames = read_frames(
-            path, self.frames, self.stride, keyed_generator(self.seed, "span", position)
-        )
-        return {"frames": fit(frames, self.size, self.size), "text": text}
+    def write(beside):
+        with open(beside, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader(), writer.writerows(lines)
+
+    write_whole(source, write)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -439,40 +657,30 @@ def locate(source, part):
     """(folder or Hub name, subfolder) at which from_pretrained finds `part`, which may be all there
     is.
     """
-    here = [
-        p for p in (Path(source), ASSETS.parent / source) if p.is_dir()
-    ]  # "assets/vae" works from anywhere
-    if here:
-        folder = here[0]
-        sub = part if (folder / part).is_dir() else ""
-        if not any(
-            (folder / sub / name).is_file()
-            for name in ("config.json", "spiece.model", "tokenizer.json")
-        ):
-            raise BadInput(
-                f"{folder} holds no {part}: expected config.json and weights, or a subfolder "
-                f"{part}/"
-            )
-        return str(folder), sub
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise BadInput(
+    for folder in (Path(source), ASSETS.parent / source):  # "assets/vae" works from anywhere
+        if folder.is_dir():
+            sub = part if (folder / part).is_dir() else ""
+            files = [folder / sub / name for name in ("config.json", "spiece.model",
+                                                      "tokenizer.json")]  # fmt: skip
+            require(any(file.is_file() for file in files),
+                    f"{folder} holds no {part}: expected config.json and weights, or a subfolder "
+                    f"{part}/")  # fmt: skip
+            return str(folder), sub
+    require(str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")),
             f"{source} is not there; expected a folder with a {part}, or a Hub name like "
-            "owner/model"
-        )
+            "owner/model")  # fmt: skip
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    file = "spiece.model" if part == "tokenizer" else "config.json"
     try:
-        hf_hub_download(
-            source, f"{part}/config.json" if part != "tokenizer" else f"{part}/spiece.model"
-        )
+        hf_hub_download(source, f"{part}/{file}" if part else file)
         return source, part
     except EntryNotFoundError:  # also when there is no network: then from_pretrained says so
         return source, ""
     except Exception as error:  # the Hub's own errors are of a dozen classes
-        raise BadInput(
-            f"{source} is no folder here and can't be had from the Hub: {type(error).__name__}"
-        ) from None
+        raise BadInput(f"{source} is no folder here and can't be had from the Hub: "
+                       f"{type(error).__name__}") from None  # fmt: skip
 
 
 def load_frozen(load, source, part, **options):
@@ -482,7 +690,7 @@ def load_frozen(load, source, part, **options):
         loaded = load(name, subfolder=subfolder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"the {part} of {source} can't be loaded: {reason}") from None
+        raise BadInput(f"the {part or 'model'} of {source} can't be loaded: {reason}") from None
     return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
 
 
@@ -492,9 +700,8 @@ def fingerprint(tensors, *more):
     """
     digest = hashlib.sha256(repr(more).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(
-            f"{name}{tuple(tensor.shape)}{tensor.flatten()[:16].bfloat16().tolist()}".encode()
-        )
+        first = tensor.flatten()[:16].bfloat16().tolist()
+        digest.update(f"{name}{tuple(tensor.shape)}{first}".encode())
     return digest.hexdigest()[:12]
 
 
@@ -502,11 +709,12 @@ def portable(source):
     """A folder outside this project by its whole path, so that a run finds it again from anywhere;
     else as it is.
     """
-    return (
-        str(Path(source).resolve())
-        if Path(source).is_dir() and not (ASSETS.parent / source).is_dir()
-        else str(source)
-    )
+    outside = Path(source).is_dir() and not (ASSETS.parent / source).is_dir()
+    return str(Path(source).resolve() if outside else source)
+
+
+def usual_dtype(device):
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 class VAE:
@@ -515,9 +723,7 @@ class VAE:
     def __init__(self, source, device="cpu", dtype=None, micro_batch=16):
         from diffusers import AutoencoderKL
 
-        self.dtype = dtype or (
-            torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        )
+        self.dtype = dtype or usual_dtype(device)
         # low_cpu_mem_usage=True, the default, would want a further package
         options = {"torch_dtype": self.dtype, "low_cpu_mem_usage": False}
         self.model = load_frozen(AutoencoderKL.from_pretrained, source, "vae", **options).to(device)
@@ -527,38 +733,34 @@ class VAE:
         self.channels = self.model.config.latent_channels
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)  # 8
         # Of what makes the latents: decoders may differ, as ft-mse's and ft-ema's do.
-        weights = {
-            k: v
-            for k, v in self.model.state_dict().items()
-            if k.startswith(("encoder.", "quant_conv."))
-        }
+        parts = "encoder.", "quant_conv."
+        weights = {k: v for k, v in self.model.state_dict().items() if k.startswith(parts)}
         self.fingerprint = fingerprint(weights, self.scale)
 
     @torch.no_grad()
     def encode(self, video, generators=None):
-        """[B, 3, T, H, W] in [-1, 1] -> latents [B, C, T, h, w], fp32, about unit variance.
+        """[B, 3, T, H, W], uint8 or in [-1, 1] -> latents [B, C, T, h, w], fp32, about unit
+        variance.
 
         generators: one per film; then a latent is drawn from the VAE's posterior, as v1 does.
         Without, its mean. Frames go through in micro-batches, each film's noise is drawn whole, so
         the size of one changes nothing.
         """
         B, _, T = video.shape[:3]
-        # [B*T, 3, H, W]  a film is a stack of pictures
-        frames = video.transpose(1, 2).flatten(0, 1)
-        posteriors = [
-            self.model.encode(part.to(self.device, self.dtype)).latent_dist
-            for part in frames.split(self.micro_batch)
-        ]
-        # [B, C, T, h, w]
-        z = torch.cat([p.mean for p in posteriors]).float().unflatten(0, (B, T)).transpose(1, 2)
+        frames = video.transpose(1, 2).flatten(0, 1)  # [B*T, 3, H, W]  a stack of pictures
+        means, stds = [], []
+        for part in frames.split(self.micro_batch):
+            part = part.to(self.device)
+            if part.dtype == torch.uint8:  # up to here a quarter of the bytes
+                part = part.float() / 127.5 - 1
+            posterior = self.model.encode(part.to(self.dtype)).latent_dist
+            means.append(posterior.mean), stds.append(posterior.std)
+        z, std = (torch.cat(parts).float().unflatten(0, (B, T)).transpose(1, 2)
+                  for parts in (means, stds))  # fmt: skip
+        # [B, C, T, h, w] each
         if generators is not None:
-            # [B, C, T, h, w]
-            std = (
-                torch.cat([p.std for p in posteriors]).float().unflatten(0, (B, T)).transpose(1, 2)
-            )
-            z = z + std * torch.stack(
-                [torch.randn(z.shape[1:], generator=g) for g in generators]
-            ).to(z)
+            noise = [torch.randn(z.shape[1:], generator=g) for g in generators]
+            z = z + std * torch.stack(noise).to(z)
         return z * self.scale
 
     @torch.no_grad()
@@ -566,12 +768,14 @@ class VAE:
         """[B, C, T, h, w] -> [B, 3, T, H, W] in [-1, 1], fp32, on the CPU."""
         B = latents.shape[0]
         latents = (latents / self.scale).transpose(1, 2).flatten(0, 1)  # [B*T, C, h, w]
-        parts = latents.split(self.micro_batch)
-        frames = [
-            self.model.decode(part.to(self.device, self.dtype)).sample.float().cpu()
-            for part in parts
-        ]
+        frames = [self.model.decode(part.to(self.device, self.dtype)).sample.float().cpu()
+                  for part in latents.split(self.micro_batch)]  # fmt: skip
         return torch.cat(frames).clamp(-1, 1).unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def to_uint8(video):
+    """[..., 3, H, W] in [-1, 1] -> uint8."""
+    return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class T5:
@@ -584,11 +788,9 @@ class T5:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         self.tokenizer = load_frozen(AutoTokenizer.from_pretrained, source, "tokenizer")
-        self.model = load_frozen(
-            T5EncoderModel.from_pretrained, source, "text_encoder", dtype=dtype
-        ).to(device)
+        load, dtype = T5EncoderModel.from_pretrained, dtype or usual_dtype(device)
+        self.model = load_frozen(load, source, "text_encoder", dtype=dtype).to(device)
         self.source, self.device, self.length = portable(source), device, length
         self.channels = self.model.config.d_model
         self.fingerprint = fingerprint(self.model.state_dict())
@@ -620,7 +822,7 @@ def encode_batch(batch, vae, t5, generators):
     """A collated batch of Clips, {"frames": uint8 [B, T, 3, H, W], "text": B strings}, with a
     generator for each latent -> (x0 [B, C, T, h, w], y [B, L, E], mask [B, L]).
     """
-    video = batch["frames"].transpose(1, 2).float() / 127.5 - 1  # [B, 3, T, H, W] in [-1, 1]
+    video = batch["frames"].transpose(1, 2)  # [B, 3, T, H, W]
     return vae.encode(video, generators), *t5.encode(batch["text"])
 
 
@@ -632,55 +834,70 @@ def encode_batch(batch, vae, t5, generators):
 # written last, says with which settings they were made. Shards are written beside and renamed, each
 # sample carries a checksum: what is there is whole, and what is damaged later is noticed when it is
 # read.
+#
+# A sample is one span of a clip, one draw from the VAE's posterior on it, and T5's tokens without
+# their padding, in 16 bits. Mean and variance of the posterior would take twice the room, for
+# another draw every epoch; other spans of the clip (--spans) vary it far more for the same room.
+# 64 x 512 x 512 pixels are 4 x 64 x 64 x 64 numbers, 2.1 MB, and 120 tokens of T5-XXL 0.98 MB: v1
+# put its own at 4 MB and 1 MB.
 
-SHARD = 64  # samples in a shard: 256 MB at 64 frames of 512x512
+SHARD = 64  # samples in a shard: 190 MB at 64 frames of 512x512 and the longest captions
 
 
-def write_cache(table, out, vae, t5, frames, stride, size, seed=0, max_bad=0.5):
-    """Encode every usable clip of a CSV and its caption into the folder `out` -> LatentCache.
-    Interrupted, it goes on.
-
-    A latent is one draw from the VAE's posterior on one random span of the clip, kept in fp16.
+def write_cache(source, out, vae, t5, frames, stride, size, seed=0, max_bad=0.5, *, spans=1,
+                dtype=torch.float16, process=Process(0, 1, "cpu"), **options):  # fmt: skip
+    """Encode `spans` random spans of every usable clip, and the captions, into the folder `out`
+    -> LatentCache. Interrupted, it goes on. Of several processes, each makes its share of the
+    shards. options: of Clips (width, fps, flip, clean).
     """
-    if frames < 1 or stride < 1 or size < vae.factor or size % vae.factor:
-        raise BadInput(
-            f"frames={frames}, stride={stride}, size={size}: expected 1 or more frames and source "
-            f"frames per frame, and a size that divides by the VAE's factor {vae.factor}"
-        )
-    out, settings = Path(out), {
-        "table": hashlib.sha256(Path(table).read_bytes()).hexdigest()[:12],
-        "frames": frames, "stride": stride, "size": size, "seed": seed, "vae": vae.fingerprint,
-        "t5": t5.fingerprint, "caption_length": t5.length,
-    }  # fmt: skip
-    check_settings(out, settings)
-    if (out / "index.json").exists():
+    width, unit = options.setdefault("width", 0) or size, vae.factor
+    require(frames > 0 and stride > 0 and spans > 0 and size >= unit and size % unit == 0 ==
+            width % unit, f"frames={frames}, stride={stride}, spans={spans}, size={size}, "
+            f"width={width}: expected 1 or more of the first three, and height and width that "
+            f"divide by the VAE's factor {unit}")  # fmt: skip
+    out = Path(out)
+    settings = {
+        "table": identity(source, read_table(source)), "frames": frames, "stride": stride,
+        "size": size, "width": width, "fps": 0, "flip": False, "clean": False, "spans": spans,
+        "dtype": str(dtype), "seed": seed, "vae": vae.fingerprint, "t5": t5.fingerprint,
+        "caption_length": t5.length,
+    } | {k: v for k, v in options.items() if k != "width"}  # fmt: skip
+
+    def look():  # through all clips; what was found is kept, for files may come and go
+        check_settings(out, settings)
+        looked, known = out / "looked_through.json", None
+        if looked.exists():
+            known = read_json(looked, f"delete {out} and make it again")
+        clips = Clips(source, frames, stride, size, seed, max_bad, known=known, **options)
+        write_json(out / "settings.json", settings)
+        write_json(looked, clips.known)
+        return clips
+
+    if process.share(lambda: (out / "index.json").exists() and not check_settings(out, settings)):
         return LatentCache(out)
-    clips = Clips(table, frames, stride, size, seed, max_bad)
-    # files may come and go
-    settings["clips"] = zlib.crc32(repr([number for number, _, _ in clips.rows]).encode())
-    check_settings(out, settings)
-    write_json(out / "settings.json", settings)
-    shards = [
-        (f"shard_{i // SHARD:05d}.safetensors", range(i, min(i + SHARD, len(clips))))
-        for i in range(0, len(clips), SHARD)
-    ]
-    for name, rows in progress(
-        [shard for shard in shards if not (out / shard[0]).exists()], f"encoding {table}"
-    ):
-        write_shard(out / name, clips, rows, vae, t5)
-    index = [(name, *open_shard(str(out / name))[1:]) for name, _ in shards]
-    skipped = clips.skipped + [bad for _, _, skipped in index for bad in skipped]
-    if len(skipped) > max_bad * (len(clips) + len(clips.skipped)):
-        raise BadInput(
-            f"{table}: {len(skipped)} clips can't be used, more than the share max_bad={max_bad}; "
-            "mend the list"
-        )
-    write_json(out / "index.json", {
-        "settings": settings,
-        "shards": [{"file": name, "samples": len(samples)} for name, samples, _ in index],
-        "skipped": skipped, "latent_channels": vae.channels, "caption_channels": t5.channels,
-        "vae": vae.source, "t5": t5.source,
-    })  # fmt: skip
+    clips = process.share(look)
+    samples = [(row, span) for row in range(len(clips)) for span in range(spans)]
+    shards = [(out / f"shard_{i // SHARD:05d}.safetensors", samples[i : i + SHARD])
+              for i in range(0, len(samples), SHARD)]  # fmt: skip
+    mine = [shard for shard in shards[process.rank :: process.world] if not shard[0].exists()]
+    for path, part in progress(mine, f"encoding {source}, shards of {SHARD}"):
+        write_shard(path, clips, part, vae, t5, dtype)
+    process.sum([0])  # all have to be there
+
+    def index():
+        read = [(path, *open_shard(str(path))[1:]) for path, _ in shards]
+        skipped = clips.skipped + [bad for _, _, skipped in read for bad in skipped]
+        require(len(skipped) <= max_bad * clips.count,
+                f"{source}: {len(skipped)} of {clips.count} clips can't be used, more than the "
+                f"share max_bad={max_bad}; mend the list")  # fmt: skip
+        write_json(out / "index.json", {
+            "settings": settings, "skipped": skipped, "latent_channels": vae.channels,
+            "caption_channels": t5.channels, "vae": vae.source, "t5": t5.source,
+            "shards": [{"file": path.name, "samples": len(made), "sha256": sha256_of(path)}
+                       for path, made, _ in read],
+        })  # fmt: skip
+
+    process.share(index)
     return LatentCache(out)
 
 
@@ -691,55 +908,54 @@ def check_settings(out, settings):
     if not (out / "settings.json").exists():
         return
     found = read_json(out / "settings.json", f"delete {out} and make it again")
-    different = [
-        f"{k}={found.get(k)!r} there, {v!r} asked for"
-        for k, v in settings.items()
-        if found.get(k) != v
-    ]
-    if different:
-        raise BadInput(
-            f"{out} was made with other settings ({'; '.join(different)}); give another --out, or "
-            "delete it"
-        )
+    different = [f"{k}={found.get(k)!r} there, {v!r} asked for" for k, v in settings.items()
+                 if found.get(k) != v]  # fmt: skip
+    require(not different, f"{out} was made with other settings ({'; '.join(different)}); give "
+                           "another --out, or delete it")  # fmt: skip
 
 
-def write_shard(path, clips, rows, vae, t5, batch_size=8):
-    """Encode some rows of clips into one file: tensors "i.latents" [C, T, h, w] and "i.y" [tokens,
-    E] for each sample i. Clips that can't be decoded after all are named and left out.
+def write_shard(path, clips, samples, vae, t5, dtype=torch.float16, batch_size=8):
+    """Encode some samples (row, span) of clips into one file: tensors "i.latents" [C, T, h, w] and
+    "i.y" [tokens, E] for each sample i. Clips that can't be decoded after all are named and left
+    out.
     """
-    tensors, samples, skipped = {}, [], []
-    for i in range(0, len(rows), batch_size):
-        batch, numbers = [], []  # the line in the CSV keys a clip's draws
-        for row in rows[i : i + batch_size]:
-            number, file, _ = clips.rows[row]
+    tensors, made, skipped = {}, [], {}
+    for part in (samples[i : i + batch_size] for i in range(0, len(samples), batch_size)):
+        batch, keys = [], []
+        for row, span in part:
+            number, file, _ = clips.rows[row]  # the clip's place in the list keys its draws
+            key = number + span * clips.count
             try:
-                batch.append(clips[row, number])
-                numbers.append(number)
+                if number not in skipped:
+                    batch.append(clips[row, key])
+                    keys.append((key, number))
             except BadClip as error:
-                skipped.append({"row": number, "path": file.name, "reason": str(error)})
+                skipped[number] = {"row": number, "path": file.name, "reason": str(error)}
                 warn(f"{file} {error}; skipped")
         if not batch:
             continue
-        generators = [keyed_generator(clips.seed, "posterior", number) for number in numbers]
+        generators = [keyed_generator(clips.seed, "posterior", key) for key, _ in keys]
         batch = torch.utils.data.default_collate(batch)
         latents, y, mask = encode_batch(batch, vae, t5, generators)
-        for j, number in enumerate(numbers):
-            sample = {
-                "latents": latents[j].half().cpu().contiguous(),
-                "y": y[j, mask[j]].half().cpu(),
-            }
-            tensors |= {f"{len(samples)}.{key}": value for key, value in sample.items()}
-            samples.append({"row": number, "text": batch["text"][j], "crc": checksum(sample)})
+        for j, (_, number) in enumerate(keys):
+            sample = {"latents": latents[j].to("cpu", dtype).contiguous(),
+                      "y": y[j, mask[j]].to("cpu", dtype)}  # fmt: skip
+            tensors |= {f"{len(made)}.{name}": value for name, value in sample.items()}
+            made.append({"row": number, "text": batch["text"][j], "crc": checksum(sample)})
     # One entry: safetensors writes several in an order that changes from call to call.
-    metadata = {"index": json.dumps({"samples": samples, "skipped": skipped})}
+    metadata = {"index": json.dumps({"samples": made, "skipped": list(skipped.values())})}
     write_whole(path, lambda p: save_file(tensors, p, metadata))
 
 
 def checksum(sample):
     """crc32 of a sample's bytes, as stored."""
-    return zlib.crc32(
-        sample["y"].numpy().tobytes(), zlib.crc32(sample["latents"].numpy().tobytes())
-    )
+    latents, y = (sample[name].view(torch.int16).numpy() for name in ("latents", "y"))
+    return zlib.crc32(y, zlib.crc32(latents))
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=1024)  # one memory map per shard and process
@@ -750,33 +966,34 @@ def open_shard(path):
         index = json.loads(file.metadata()["index"])
         return file, index["samples"], index["skipped"]
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise BadInput(
-            f"{path} is damaged or not there ({error}); delete it and index.json, and run the cache"
-            " command again"
-        ) from None
+        raise BadInput(f"{path} is damaged or not there ({error}); {AGAIN}") from None
+
+
+AGAIN = "delete the file and index.json, and run the cache command again"
 
 
 class LatentCache:
-    """Samples of a cache. cache[row, position] -> {"latents" fp32 [C, T, h, w], "y" fp32 [L, E],
-    "mask" [L]}.
+    """Samples of a cache, read one by one from memory-mapped files. cache[row, position] ->
+    {"latents" fp32 [C, T, h, w], "y" fp32 [L, E], "mask" [L]}.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        again = "delete the file and index.json, and run the cache command again"
-        index = read_json(self.folder / "index.json", f"no cache, or a damaged one: {again}")
+        index = read_json(self.folder / "index.json", f"no cache, or a damaged one: {AGAIN}")
         try:
             self.settings, self.skipped = index["settings"], index["skipped"]
             self.channels = index["latent_channels"]
             self.caption_channels = index["caption_channels"]
             self.vae, self.t5 = index["vae"], index["t5"]
-            shards = [(str(self.folder / s["file"]), s["samples"]) for s in index["shards"]]
+            self.identity = hashlib.sha256(repr(self.settings).encode()).hexdigest()[:12]
+            self.shards = [(str(self.folder / s["file"]), s["samples"], s["sha256"])
+                           for s in index["shards"]]  # fmt: skip
         except (KeyError, TypeError) as error:
-            raise BadInput(f"{self.folder}/index.json lacks {error}: {again}") from None
-        self.places = [(path, i) for path, n in shards for i in range(n)]
-        for path, n in shards:  # headers alone: a truncated file is found now, not while training
-            if len(open_shard(path)[1]) != n:
-                raise BadInput(f"{path} does not hold the {n} samples that the index says: {again}")
+            raise BadInput(f"{self.folder}/index.json lacks {error}: {AGAIN}") from None
+        self.places = [(path, i) for path, n, _ in self.shards for i in range(n)]
+        for path, n, _ in self.shards:  # headers alone: what was cut off is found before training
+            require(len(open_shard(path)[1]) == n,
+                    f"{path} does not hold the {n} samples that the index says: {AGAIN}")
 
     def __len__(self):
         return len(self.places)
@@ -790,12 +1007,51 @@ class LatentCache:
         path, i = self.places[row]
         file, samples, _ = open_shard(path)
         sample = {name: file.get_tensor(f"{i}.{name}") for name in ("latents", "y")}
-        if checksum(sample) != samples[i]["crc"]:
-            raise BadInput(f"{path}: sample {i} is damaged (its checksum differs); delete the file "
-                           "and index.json, and run the cache command again")  # fmt: skip
+        require(checksum(sample) == samples[i]["crc"],
+                f"{path}: sample {i} is damaged (its checksum differs); {AGAIN}")
         n, length = len(sample["y"]), self.settings["caption_length"]
         y = torch.nn.functional.pad(sample["y"].float(), (0, 0, 0, length - n))  # [L, E]
         return {"latents": sample["latents"].float(), "y": y, "mask": torch.arange(length) < n}
+
+    def verify(self):
+        """Compare every shard with its hash; BadInput that names all that differ."""
+        bad = [path for path, _, sha256 in progress(self.shards, "checking shards")
+               if sha256_of(path) != sha256]  # fmt: skip
+        require(not bad, f"{len(bad)} of {len(self.shards)} shards are damaged: {', '.join(bad)}; "
+                         "delete them and index.json, and run the cache command again")  # fmt: skip
+
+
+def is_cache(path):
+    """Whether a folder is, or was to become, a cache; else it is a folder of clips."""
+    return (Path(path) / "index.json").exists() or (Path(path) / "settings.json").exists()
+
+
+def show(source, out, vae, count, frames, stride, size, seed, fps=8, **options):
+    """Write out/show.png and show.gif: what training sees of the first `count` clips, above, and
+    what is left of it after the VAE, below; of a cache, which has no frames any more, the latter
+    alone -> captions.
+    """
+    if is_cache(source):
+        cache = LatentCache(source)
+        rows = range(min(count, len(cache)))
+        texts = [cache.text(row) for row in rows]
+        seen = [to_uint8(vae.decode(cache[row, 0]["latents"][None])[0].transpose(0, 1))
+                for row in rows]  # fmt: skip
+    else:
+        clips, seen, texts = Clips(source, frames, stride, size, seed, 1.0, **options), [], []
+        for row in range(min(count, len(clips))):
+            try:
+                sample = clips[row, clips.rows[row][0]]
+            except BadClip as error:
+                warn(f"{clips.rows[row][1]} {error}; skipped")
+                continue
+            back = vae.decode(vae.encode(sample["frames"].transpose(0, 1)[None]))[0]
+            seen.append(torch.cat([sample["frames"], to_uint8(back.transpose(0, 1))], dim=-2))
+            texts.append(sample["text"])
+        require(seen, f"{source}: none of the first {count} clips can be decoded")
+    write_sheet(Path(out) / "show.png", seen, texts)  # each [T, 3, 2H, W], of a cache [T, 3, H, W]
+    write_gif(Path(out) / "show.gif", torch.cat(seen, dim=-1), fps)
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -976,44 +1232,83 @@ def make_toy(out, clips=2048, frames=8, size=64, seed=0, fps=8):
 # The command line
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_command_line():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="draw the toy data set")
-    toy.add_argument("--out", required=True, help="folder to write")
-    toy.add_argument("--clips", type=int, default=2048, help="training films")
+    caption = commands.add_parser("caption", help="describe clips with LLaVA")
+    show = commands.add_parser("show", help="look at what training will see")
     cache = commands.add_parser("cache", help="encode clips and captions once")
-    cache.add_argument("table", help="CSV with header path,text")
-    cache.add_argument("--out", required=True, help="folder to write")
-    cache.add_argument("--stride", type=int, default=1, help="source frames per kept frame")
-    cache.add_argument("--vae", default="assets/vae", help="folder or Hub name of an AutoencoderKL")
-    cache.add_argument("--t5", default="assets/t5", help="folder or Hub name of a T5 encoder")
-    cache.add_argument(
-        "--caption-length", type=int, default=16, help="most caption tokens; 120 for T5-XXL"
-    )
-    cache.add_argument(
-        "--max-bad", type=float, default=0.5, help="share of unusable clips at which to give up"
-    )
-    cache.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    for sub in (toy, cache):
+    for sub in (caption, show, cache):
+        sub.add_argument("source", help="folder of clips, or CSV with header path,text")
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    for sub in (toy, show, cache):
+        sub.add_argument("--out", required=True, help="folder to write")
         sub.add_argument("--frames", type=int, default=8, help="frames per clip")
-        sub.add_argument("--size", type=int, default=64, help="height and width in pixels")
+        sub.add_argument("--size", type=int, default=64, help="height in pixels")
         sub.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    start = time.time()
+    for sub in (show, cache):
+        add = sub.add_argument
+        add("--width", type=int, default=0, help="in pixels; default: the height")
+        add("--stride", type=int, default=1, help="source frames per kept frame")
+        add("--fps", type=float, default=0.0, help="frames per second, in place of the stride")
+        add("--flip", action="store_true", help="mirror half of all clips (captions say left)")
+        add("--no-clean", action="store_true", help="take captions as they are")
+        add("--vae", default="assets/vae", help="folder or Hub name of an AutoencoderKL")
+    show.add_argument("--count", type=int, default=6, help="clips to show")
+    toy.add_argument("--clips", type=int, default=2048, help="training films")
+    add = caption.add_argument
+    add("--llava", default="llava-hf/llava-1.5-7b-hf", help="folder or Hub name")
+    add("--overwrite", action="store_true", help="also describe clips that have a caption")
+    add("--batch", type=int, default=8, help="clips at a time")
+    add("--question", default=QUESTION, help="what is asked about three frames of each clip")
+    add = cache.add_argument
+    add("--t5", default="assets/t5", help="folder or Hub name of a T5 encoder")
+    add("--caption-length", type=int, default=16, help="most caption tokens; 120 for T5-XXL")
+    add("--spans", type=int, default=1, help="random spans of each clip")
+    add("--dtype", choices=["float16", "bfloat16"], default="float16", help="of what is stored")
+    add("--max-bad", type=float, default=0.5, help="share of unusable clips at which to give up")
+    add("--check", action="store_true", help="compare the finished cache in --out with its hashes")
+    return parser.parse_args()
+
+
+def main():
+    args, start = parse_command_line(), time.time()
     if args.command == "toy":
         make_toy(args.out, args.clips, args.frames, args.size, args.seed)
         print(f"{args.out}/train.csv and held_out.csv, {time.time() - start:.0f} s")
         return
-    read_table(args.table)  # complain about the list before loading encoders
-    device = pick_device(args.device)
-    vae, t5 = VAE(args.vae, device), T5(args.t5, args.caption_length, device)
-    made = write_cache(
-        args.table, args.out, vae, t5, args.frames, args.stride, args.size, args.seed, args.max_bad
-    )
-    print(
-        f"{args.out}: {len(made)} clips, {len(made.skipped)} skipped, {time.time() - start:.0f} s"
-    )
+    if args.command == "cache" and args.check:
+        cache = LatentCache(args.out)
+        cache.verify()
+        print(f"{args.out}: {len(cache)} samples in {len(cache.shards)} shards, all as written")
+        return
+    if args.command == "caption":
+        made = write_captions(args.source, args.llava, pick_device(args.device), args.overwrite,
+                              args.batch, args.question)  # fmt: skip
+        print(f"{args.source}: {made} clips described, {time.time() - start:.0f} s")
+        return
+    require(args.fps >= 0 and not (args.fps and args.stride > 1),
+            f"fps={args.fps:g}, stride={args.stride}: give one of the two, more than 0")
+    view = args.frames, args.stride, args.size, args.seed
+    options = {"width": args.width, "fps": args.fps, "flip": args.flip, "clean": not args.no_clean}
+    if args.command == "show":
+        vae = VAE(args.vae, pick_device(args.device))
+        texts = show(args.source, args.out, vae, args.count, *view, **options)
+        print(f"{args.out}/show.png and show.gif: {len(texts)} clips")
+        return
+    process = set_up_process(args.device)
+    process.share(lambda: read_table(args.source))  # complain before loading encoders
+    vae, t5 = VAE(args.vae, process.device), T5(args.t5, args.caption_length, process.device)
+    options |= {"spans": args.spans, "dtype": getattr(torch, args.dtype), "process": process}
+    made = write_cache(args.source, args.out, vae, t5, *view, args.max_bad, **options)
+    size = sum(Path(path).stat().st_size for path, _, _ in made.shards)
+    process.say(f"{args.out}: {len(made)} samples of {size / len(made) / 1e6:.3f} MB, "
+                f"{len(made.skipped)} clips skipped, {time.time() - start:.0f} s")  # fmt: skip
+    if process.world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import torch
 from tqdm import tqdm
 
 from data import (
-    HELD_OUT, T5, TRIPLES, VAE, BadInput, caption_of, command, detect, keyed_generator, pick_device,
-    read_json, write_video, write_whole,
+    HELD_OUT, T5, TRIPLES, VAE, BadInput, caption_of, clean_caption, command, detect,
+    keyed_generator, pick_device, read_json, to_uint8, write_gif, write_sheet, write_video,
 )  # fmt: skip
 from stdit import (
     MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, load_weights,
@@ -281,54 +281,6 @@ def sample(model, y, mask, shape, keys, steps, guidance, sampler="ddpm", bar=Fal
 
 
 # ---------------------------------------------------------------------------------------------
-# Films to look at
-
-
-def to_uint8(video):
-    """[..., 3, H, W] in [-1, 1] -> uint8."""
-    return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def enlarge(video):
-    """Repeat the pixels of a small film, uint8 [T, 3, H, W], until it is about 256 high."""
-    k = max(1, round(256 / video.shape[-2]))
-    return video.repeat_interleave(k, -1).repeat_interleave(k, -2)
-
-
-def write_gif(path, video, fps):
-    """uint8 [T, 3, H, W] -> an endless GIF."""
-    from PIL import Image
-
-    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in enlarge(video)]
-    duration = round(1000 / fps)  # ms per frame
-    write_whole(path, lambda p: images[0].save(
-        p, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0,
-    ))  # fmt: skip
-
-
-def write_sheet(path, videos, captions):
-    """A PNG with a row per film, uint8 [T, 3, H, W]: its caption, and below it at most 8 frames."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    T = videos[0].shape[0]
-    rows = [
-        enlarge(v[torch.linspace(0, T - 1, min(T, 8)).round().long()])[..., ::2, ::2]
-        for v in videos
-    ]
-    h, w = rows[0].shape[-2:]
-    sheet = Image.new("RGB", (len(rows[0]) * (w + 4) + 4, len(rows) * (h + 24) + 4), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, (frames, caption) in enumerate(zip(rows, captions)):
-        draw.text((6, r * (h + 24) + 4), caption, fill="black", font=ImageFont.load_default(14))
-        for k, frame in enumerate(frames):
-            sheet.paste(
-                Image.fromarray(frame.permute(1, 2, 0).numpy()),
-                (4 + k * (w + 4), r * (h + 24) + 24),
-            )
-    write_whole(path, lambda p: sheet.save(p, format="PNG"))
-
-
-# ---------------------------------------------------------------------------------------------
 # Reading a run
 #
 # A run folder holds checkpoints/step_N/, each with model.safetensors (raw weights), ema.safetensors
@@ -443,7 +395,8 @@ def parse_command_line():
     add("--prompt", action="append", default=[], help="what to film; may be given several times")
     add("--prompts", help="text file with a prompt a line")
     add("--frames", type=int, help="default: the run's, or 16")
-    add("--size", type=int, help="height and width in pixels; default: the run's, or 256")
+    add("--size", type=int, help="height in pixels; default: the run's, or 256")
+    add("--width", type=int, help="in pixels; default: the run's, or the height")
     add("--fps", type=int, help="frames per second of the files; default: the run's, or 8")
     add("--space-scale", type=float, help="place = index / scale; default: as stored, or size/512")
     add("--time-scale", type=float, help="default: as stored with the weights, or 1 (toy: 0.25)")
@@ -474,7 +427,7 @@ def read_prompts(args):
 def main():
     args, start = parse_command_line(), time.time()
     prompts = read_prompts(args)
-    for name in ("batch", "frames", "size", "fps", "space_scale", "time_scale"):
+    for name in ("batch", "frames", "size", "width", "fps", "space_scale", "time_scale"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise BadInput(f"{name}={value}: expected more than 0")
     SAMPLERS[args.sampler][0](args.steps)  # complain before anything is loaded
@@ -484,10 +437,11 @@ def main():
     run, weights = args.run, args.weights
     if weights and not run and newest_checkpoint(weights):
         run, weights = weights, None
-    settings = {"frames": 16, "size": 256, "fps": 8}  # and vae, t5; of a run their fingerprints too
+    # Also vae and t5; of a run their fingerprints too. Released weights know cleaned captions.
+    settings = {"frames": 16, "size": 256, "width": 0, "fps": 8, "clean": True}
     if run:
         model, state = load_run(run)
-        settings = state["config"] | state["encoders"]
+        settings |= state["config"] | state["encoders"]
     elif not weights:
         raise BadInput("nothing to film with: give --run out/toy, or --weights")
     stored = model.config if run else stored_config(weights)
@@ -496,20 +450,24 @@ def main():
             raise BadInput(f"{name}={getattr(args, name)}: {run or weights} knows its own; omit it")
     if args.model and args.model not in MODELS:
         raise BadInput(f"model={args.model!r} is unknown; expected one of {', '.join(MODELS)}")
-    given = {k: getattr(args, k) for k in ("frames", "size", "fps", "vae", "t5")}
+    given = {k: getattr(args, k) for k in ("frames", "size", "width", "fps", "vae", "t5")}
+    if args.size:
+        settings["width"] = 0
     settings |= {k: v for k, v in given.items() if v is not None}
     for what in ("vae", "t5"):
         if what not in settings:
             raise BadInput(f"weights alone bring no {what}: give --{what}, a folder or a Hub name")
     frames, size = settings["frames"], settings["size"]
+    width = settings["width"] or size
     c = stored or replace(MODELS[args.model or "STDiT-XL/2"], variant=args.variant or "sequential",
-                          space_scale=size / 512)  # fmt: skip
+                          space_scale=math.sqrt(size * width) / 512)  # fmt: skip
     scales = {k: getattr(args, k) for k in ("space_scale", "time_scale") if getattr(args, k)}
 
     vae = VAE(settings["vae"], device)
     unit = vae.factor * math.lcm(*c.patch_size[1:])
-    if frames % c.patch_size[0] or size % unit:
-        raise BadInput(f"frames={frames} must divide by {c.patch_size[0]}, size={size} by {unit}")
+    if frames % c.patch_size[0] or size % unit or width % unit:
+        raise BadInput(f"frames={frames} must divide by {c.patch_size[0]}, size={size} and "
+                       f"width={width} by {unit}")  # fmt: skip
     t5 = T5(settings["t5"], c.caption_length, device)
     if run:
         check_encoder(vae, settings, "vae"), check_encoder(t5, settings, "t5")
@@ -525,14 +483,14 @@ def main():
             print(f"{weights} is an image model: {len(new)} temporal tensors are as at the start "
                   "of a training")  # fmt: skip
     model.config = replace(c, **scales)
-    y, mask = t5.encode(prompts)
+    y, mask = t5.encode([clean_caption(p) for p in prompts] if settings["clean"] else prompts)
     del t5  # T5-XXL's 9.5 GB in bf16 are not needed any more
     gc.collect()
     was = f"stored: {stored.space_scale}, {stored.time_scale}" if stored else "none are stored"
     print(f"{weights or run}: {c.variant}, space_scale={model.config.space_scale}, "
           f"time_scale={model.config.time_scale} ({was})")  # fmt: skip
 
-    shape = (c.in_channels, frames, size // vae.factor, size // vae.factor)
+    shape = (c.in_channels, frames, size // vae.factor, width // vae.factor)
     keys, options = film_keys(args.seed, prompts), {"steps": args.steps, "bar": True}
     options |= {"guidance": args.guidance, "sampler": args.sampler}
     films = film(model.to(device), vae, y, mask, keys, shape, args.batch, **options)
@@ -544,7 +502,7 @@ def main():
         print(f"{out / name}.mp4 and .gif")
     write_sheet(out / "sheet.png", films, prompts)
     print(
-        f"{out / 'sheet.png'}\n{len(films)} films of {frames} frames at {size}x{size}, "
+        f"{out / 'sheet.png'}\n{len(films)} films of {frames} frames at {size}x{width}, "
         f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}: "
         f"{time.time() - start:.1f} s on {device}"
     )

@@ -17,11 +17,11 @@ import argparse
 import atexit
 import difflib
 import gc
-import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -43,12 +43,12 @@ from tqdm import tqdm
 
 import data
 from data import (
-    BadInput, Process, command, keyed_generator, require, set_up_process, warn, write_json,
-    write_whole,
+    BadInput, Process, command, keyed_generator, require, set_up_process, sha256_of, warn,
+    write_gif, write_json, write_sheet, write_whole,
 )  # fmt: skip
 from sample import (
     TRAINING, autocast, caption_accuracy, check_encoder, describe, diffusion_loss, film, film_keys,
-    q_sample, write_gif, write_sheet,
+    q_sample,
 )  # fmt: skip
 from stdit import (
     MODELS, VARIANTS, BadWeights, Block, STDiT, checkpoint_blocks, drop_captions, find_weights,
@@ -68,20 +68,23 @@ class TrainConfig:
     model: str = "toy"  # a name in stdit.MODELS
     variant: str = "sequential"  # one of stdit.VARIANTS
     init: str = ""  # weights to begin with: whatever stdit.load_weights reads; empty: random ones
-    space_scale: float = 0.0  # place = index / scale; 0: size / 512, as in v1
+    space_scale: float = 0.0  # place = index / scale; 0: sqrt(size * width) / 512, as in v1
     time_scale: float = 0.0  # likewise; 0: the model's (stdit.MODELS)
     trained: str = "all"  # which weights: all, temporal, not-temporal or not-cross(-attention)
-    data: str = "toy"  # a cache, a CSV (then the encoders run in every step), or "toy": made here
+    data: str = "toy"  # a cache, clips (a folder or CSV, encoded in every step), or the toy
     held_out: str = ""  # the same, of clips not trained on; empty: 1 in 20 of data's, at most 64
     out: str = "out/toy"  # the run's folder
     vae: str = "assets/vae"  # folder or Hub name of the frozen AutoencoderKL; a cache knows its own
     t5: str = "assets/t5"  # folder or Hub name of the frozen T5 encoder and tokenizer; likewise
     toy_clips: int = 2048  # films that the toy draws
     frames: int = 8  # frames of a clip
-    size: int = 64  # height and width in pixels
+    size: int = 64  # height in pixels
+    width: int = 0  # in pixels; 0: the height
     stride: int = 1  # source frames per kept frame
     fps: int = 8  # of the films that are written: source rate / stride
-    max_bad: float = 0.5  # share of unusable clips in a CSV at which the run ends
+    flip: bool = False  # mirror half of the clips; a cache knows its own, as of the next
+    clean: bool = True  # take out of captions what says nothing about the film
+    max_bad: float = 0.5  # share of unusable clips at which the run ends
     # how
     steps: int = 5000  # optimizer steps, in all
     image_share: float = 0.1  # the first share of them sees single frames, for 1 / frames the cost
@@ -154,10 +157,12 @@ TRAINED = {  # which weights learn, by name
 def parse_command_line():
     """(the options that were given, the preset's name, whether to resume)."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--preset", default="toy", help=f"one of: {', '.join(PRESETS)}")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out, whose options hold; begin if none")
     for f in fields(TrainConfig):
         kind = true_or_false if f.type is bool else f.type
         names = {f"--{f.name}", f"--{f.name.replace('_', '-')}"}
@@ -169,27 +174,29 @@ def parse_command_line():
         require(False, f"unknown option {option}; {nearest(name, options)}")
     require(args.preset in PRESETS,
             f"unknown preset {args.preset!r}; {nearest(args.preset, PRESETS)}")  # fmt: skip
-    given = {k: v for k, v in vars(args).items() if v is not None}
-    return given, given.pop("preset"), given.pop("resume")
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+    return {k: v for k, v in given.items() if v is not None}, args.preset, args.resume
 
 
 def configuration(given, preset, resume, world=1):
-    """The configuration, checked: of the preset or, to resume, of the run in `out`; over it
-    what was given on the command line. BadInput, BadWeights.
+    """(configuration, checked; whether there is a run to go on with). It is the preset's or, to
+    resume, that of the run in `out`; over it what was given. BadInput, BadWeights.
     """
     out = given.get("out", PRESETS[preset].out)
     last = newest_checkpoint(out)
-    if not resume:
-        require(not last, f"{out} holds a run already; go on with --resume, or give another --out")
+    require(resume or not last,
+            f"{out} holds a run already; go on with --resume, or give another --out")  # fmt: skip
+    if not last:
         config = replace(PRESETS[preset], **given)
         check(config, world)
         if config.init:
             find_weights(config.init)  # complain now if there are none
-        return config
-    require(last, f"{out} holds no run to resume, no checkpoints/step_*; start without --resume")
+        if resume:
+            warn(f"{out} holds no run to resume, no checkpoints/step_*; it begins now")
+        return config, False
     state = read_state(last)
-    other = sorted(state["config"].keys() - {f.name for f in fields(TrainConfig)})
-    require(not other, f"{out} is a run of another version, with the fields {', '.join(other)}")
+    other = sorted(state["config"].keys() ^ {f.name for f in fields(TrainConfig)})
+    require(not other, f"{out} is a run of another version, that differs in {', '.join(other)}")
     config = TrainConfig(**state["config"])
     for k, v in given.items():
         require(k in MAY_CHANGE or v == getattr(config, k),
@@ -199,7 +206,7 @@ def configuration(given, preset, resume, world=1):
     require(config.steps >= state["step"],
             f"steps={config.steps}: {out} has done {state['step']}; ask for more")  # fmt: skip
     check(config, world)
-    return config
+    return config, True
 
 
 # What may differ when a run goes on: how long, where, how often, and what one may have to turn when
@@ -208,7 +215,7 @@ def configuration(given, preset, resume, world=1):
 MAY_CHANGE = {"out", "steps", "data", "held_out", "vae", "t5", "micro_batch", "bad_steps", "device",
               "workers", "checkpointing", "compile", "log_every", "eval_every", "film_every", "lr",
               "films", "film_steps", "guidance", "save_every", "keep", "max_bad", "cosine", "clip",
-              "warmup", "ema"}  # fmt: skip
+              "warmup", "ema", "fps"}  # fmt: skip
 
 
 def true_or_false(text):
@@ -222,9 +229,9 @@ def nearest(name, names):
 
 RANGES = (
     (1, math.inf, "steps stride fps log_every eval_every film_every save_every keep bad_steps "
-                  "toy_clips"),
+                  "toy_clips batch_size"),
     (0, math.inf, "films workers warmup min_snr lr weight_decay t_std space_scale time_scale "
-                  "micro_batch"),
+                  "micro_batch width guidance"),
     (0, 1, "image_share drop_caption max_bad ema"),
     (0, 0.99999, "beta2"), (1e-9, math.inf, "clip"), (2, 999, "film_steps"),
 )  # fmt: skip
@@ -242,9 +249,11 @@ def check(config, world):
             require(low <= value <= high, f"{name}={value}: expected {low} to {high}")
     pt, *spatial = MODELS[c.model].patch_size
     unit = 8 * math.lcm(*spatial)  # 8 is the VAE's factor
-    near = max(unit, round(c.size / unit) * unit)
-    require(c.size == near, f"size={c.size} must be a multiple of {unit} (VAE 8 x patch "
-                            f"{unit // 8}); try --size {near}")  # fmt: skip
+    for name in ("size", "width"):
+        value = getattr(c, name) or c.size
+        near = max(unit, round(value / unit) * unit)
+        require(value == near, f"{name}={value} must be a multiple of {unit} (VAE 8 x patch "
+                               f"{unit // 8}); try --{name} {near}")  # fmt: skip
     require(c.frames > 0 and c.frames % pt == 0,
             f"frames={c.frames} must be a multiple of the patch's {pt}")  # fmt: skip
     group = world * (c.micro_batch or 1)
@@ -252,13 +261,14 @@ def check(config, world):
     require(c.batch_size == batch,
             f"batch_size={c.batch_size} must be a multiple of {world} process(es) x micro_batch "
             f"{c.micro_batch or 1}; try --batch_size {batch} or a smaller --micro_batch")
-    require(c.data, "no data: give --data, a cache that data.py made or a CSV with path,text")
+    require(c.data, "no data: give --data, a cache that data.py made, a folder of clips or a CSV")
     require(c.trained != "temporal" or (c.image_share == 0 and c.variant != "full"),
             f"trained=temporal needs image_share=0 and a variant with temporal attention; found "
             f"{c.image_share}, {c.variant}")  # fmt: skip
     if c.data == "toy":
         require(c.frames > 1 and c.stride == 1, f"frames={c.frames}, stride={c.stride}: the toy is "
                 "about motion, in films as long as a sample; give 2 or more, and 1")  # fmt: skip
+        require(c.width in (0, c.size), f"width={c.width}: the toy is square")
         require(not c.held_out, f"held_out={c.held_out!r}: the toy has held-out films of its own")
 
 
@@ -278,22 +288,25 @@ def permutation(seed, n, epoch):
 
 class Stream:
     """stream[position] -> a sample of `source` (data.Clips or data.LatentCache), restricted to
-    `rows`. In place of a clip that can't be decoded after all comes the clip of the next position
-    that can; "replaced" counts.
+    `rows`. In place of a clip that can't be decoded after all comes the next one of the epoch that
+    can; "replaced" counts. It is named once, by each process that meets it.
     """
 
     def __init__(self, source, rows, seed):
-        self.source, self.rows, self.seed = source, rows, seed
+        self.source, self.rows, self.seed, self.named = source, rows, seed, set()
 
     def __getitem__(self, position):
-        for p in range(position, position + len(self.rows)):
-            epoch, i = divmod(p, len(self.rows))
-            row = self.rows[permutation(self.seed, len(self.rows), epoch)[i]]
+        epoch, i = divmod(position, len(self.rows))
+        order = permutation(self.seed, len(self.rows), epoch)
+        for k in range(len(order)):
+            row = self.rows[order[(i + k) % len(order)]]
             try:
-                return self.source[row, position] | {"replaced": p - position}
+                return self.source[row, position] | {"replaced": k}
             except data.BadClip as error:
-                warn(f"{self.source.rows[row][1]} {error}; another clip takes its place")
-        raise BadInput(f"none of the {len(self.rows)} clips can be decoded")
+                if row not in self.named:
+                    warn(f"{self.source.rows[row][1]} {error}; another clip takes its place")
+                self.named.add(row)
+        raise BadInput(f"none of the {len(order)} clips can be decoded")
 
 
 def split(config, world):
@@ -321,16 +334,16 @@ def draw_timesteps(config, positions):
     return torch.tensor([min(int(1000 * v), 999) for v in u])
 
 
-def draw_noise(config, positions, shape):
-    """Noise [B, C, T, H, W] in fp32, a generator per sample."""
-    keys = [(config.seed, "noise", p) for p in positions]
-    return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
+def draw_noise(config, keys, shape):
+    """Noise [B, C, T, H, W] in fp32; a key per sample: its position in the stream, or a name."""
+    generators = [keyed_generator(config.seed, "noise", key) for key in keys]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-def draw_choice(config, purpose, positions):
+def draw_choice(config, purpose, keys):
     """A number in [0, 1) per sample: [B]."""
-    keys = [(config.seed, purpose, p) for p in positions]
-    return torch.cat([torch.rand(1, generator=keyed_generator(*key)) for key in keys])
+    generators = [keyed_generator(config.seed, purpose, key) for key in keys]
+    return torch.cat([torch.rand(1, generator=g) for g in generators])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,7 +354,7 @@ class Encoders:
     """The frozen encoders, loaded when they are first used: a cache needs them for films alone.
 
     names: {"vae": source, "t5": source}; once the data is open also the fingerprints of the
-    encoders that it was made with, which these must have.
+    encoders that it was made with, which these must have, and whether captions were cleaned.
     """
 
     def __init__(self, names, length, device):
@@ -380,13 +393,14 @@ def prepare_toy(config, encoders):
 
 
 def open_source(path, config, process):
-    """A cache folder or a CSV -> LatentCache or Clips that fits the configuration."""
-    if not process.share(lambda: Path(path).is_dir()):  # the first looks through the clips, for all
-        c = config
+    """A cache, or a folder or CSV of clips -> LatentCache or Clips that fits the configuration."""
+    c = config
+    if not process.share(lambda: data.is_cache(path)):  # the first looks through the clips, for all
         clips = path, c.frames, c.stride, c.size, c.seed, c.max_bad
-        return process.share(lambda: data.Clips(*clips))
-    cache, model = data.LatentCache(path), MODELS[config.model]
-    wanted = {k: getattr(config, k) for k in ("frames", "size", "stride")}
+        options = {"width": c.width, "flip": c.flip, "clean": c.clean}
+        return process.share(lambda: data.Clips(*clips, **options))
+    cache, model = data.LatentCache(path), MODELS[c.model]
+    wanted = {"frames": c.frames, "size": c.size, "width": c.width or c.size, "stride": c.stride}
     wanted |= {"caption_length": model.caption_length}
     found = {k: cache.settings[k] for k in wanted}
     found |= {"channels": cache.channels, "captions": cache.caption_channels}
@@ -421,7 +435,11 @@ def open_data(config, process):
     names, held_names = (encoder_names(config, s, encoders) for s in (source, held_source))
     same = all(names[k] == held_names[k] for k in names if "fingerprint" in k)
     require(same, f"data was encoded with {names}, held_out with {held_names}; use the same")
-    encoders.names = names | {"clips": f"{len(rows)} of {len(source)}"}
+    names |= {"clips": f"{len(rows)} of {len(source)}, {source.identity}"}
+    first = process.share(lambda: names["clips"])
+    require(names["clips"] == first, f"{config.data} is not the same everywhere: the first process "
+                                     f"has {first}, this one {names['clips']}")  # fmt: skip
+    encoders.names = names
     if config.films:  # they are wanted later: complain now if they are not there
         data.locate(names["vae"], "vae"), data.locate(names["t5"], "text_encoder")
     return Stream(source, rows, config.seed), Stream(held_source, held_rows, config.seed), encoders
@@ -431,9 +449,11 @@ def encoder_names(config, source, encoders):
     """What sample.py needs to know of the encoders of the latents: names and fingerprints."""
     if isinstance(source, data.LatentCache):
         return {"vae": source.vae, "vae_fingerprint": source.settings["vae"],
-                "t5": source.t5, "t5_fingerprint": source.settings["t5"]}  # fmt: skip
+                "t5": source.t5, "t5_fingerprint": source.settings["t5"],
+                "clean": source.settings["clean"]}  # fmt: skip
     return {"vae": config.vae, "vae_fingerprint": encoders.vae.fingerprint,
-            "t5": config.t5, "t5_fingerprint": encoders.t5.fingerprint}  # fmt: skip
+            "t5": config.t5, "t5_fingerprint": encoders.t5.fingerprint,
+            "clean": config.clean}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -469,8 +489,8 @@ def save_checkpoint(config, step, model_config, encoders, tensors):
         for name, content in tensors.items():
             path = beside / f"{name}.safetensors"
             save_file({k: v.detach().contiguous() for k, v in content.items()}, path)
+            hashes[name] = sha256_of(path)
             with open(path, "rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
         write_json(beside / "state.json", {
             "step": step, "config": asdict(config), "model": asdict(model_config),
@@ -568,8 +588,10 @@ def evaluate(config, model, held_out, encoders, captions, step, metrics, process
     videos, path = process.gather(videos), Path(config.out)
     path = path / ("films" if last else f"films/step_{step:08d}")
     if process.rank == 0:
-        rows = [videos[i : i + 3] for i in range(0, len(videos) // 3 * 3, 3)] or [videos[:1]]
-        grid = torch.cat([torch.cat(row, dim=-1) for row in rows], dim=-2)  # side by side
+        columns = min(3, len(videos))
+        tiles = videos + [torch.zeros_like(videos[0])] * (-len(videos) % columns)
+        rows = [torch.cat(tiles[i : i + columns], dim=-1) for i in range(0, len(tiles), columns)]
+        grid = torch.cat(rows, dim=-2)  # [T, 3, rows * H, columns * W]
         write_gif(path.with_suffix(".gif"), grid, config.fps)
         write_sheet(path.with_suffix(".png"), videos, texts)
     accuracy = None
@@ -584,9 +606,10 @@ def evaluate(config, model, held_out, encoders, captions, step, metrics, process
 
 def captions_to_film(config, stream, encoders, process):
     """(texts, y [N, L, E], mask [N, L]): of the toy the captions that training never shows."""
-    texts = list(dict.fromkeys(stream.source.text(row) for row in stream.rows))  # in order, once
-    if config.data == "toy":
-        texts = [data.caption_of(triple) for triple in data.HELD_OUT]
+    texts = [data.caption_of(triple) for triple in data.HELD_OUT] if config.data == "toy" else []
+    for row in stream.rows if not texts else ():
+        if len(texts) < config.films and stream.source.text(row) not in texts:
+            texts.append(stream.source.text(row))
     texts = texts[: config.films]
     if not texts:
         return texts, None, None
@@ -595,7 +618,8 @@ def captions_to_film(config, stream, encoders, process):
 
 def latent_shape(config):
     """(C, T, H, W) of one film."""
-    return MODELS[config.model].in_channels, config.frames, config.size // 8, config.size // 8
+    height, width = config.size // 8, (config.width or config.size) // 8
+    return MODELS[config.model].in_channels, config.frames, height, width
 
 
 def read_metrics(out):
@@ -609,17 +633,15 @@ def plot_losses(config):
     """loss.png of a run and of those it went on from, its stages: the training loss, smoothed, and
     the held-out loss in its four bins of t.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     stages, init = [read_metrics(config.out)], config.init
     while init and (lines := read_metrics(init)) and len(stages) < 9:
         stages.insert(0, lines)
         last = newest_checkpoint(init)
         init = read_state(last)["config"].get("init") if last else ""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     begin, mse, held = 0, [], []  # the last two: pairs (step from the first stage on, value)
     for lines in stages:
         mse += [(begin + m["step"], m["mse"]) for m in lines if m.get("mse") is not None]
@@ -639,7 +661,6 @@ def plot_losses(config):
     right.set(title="held-out clips: loss of the noise, by t", xlabel="step", yscale="log")
     figure.legend(loc="outside right center")
     write_whole(Path(config.out) / "loss.png", lambda p: figure.savefig(p, format="png", dpi=100))
-    plt.close(figure)
 
 
 class Metrics:
@@ -656,11 +677,10 @@ class Metrics:
             write_whole(self.path, lambda p: p.write_text(text))
 
     def write(self, **line):
-        if self.is_main:  # JSON has no NaN
-            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                    for k, v in line.items()}  # fmt: skip
+        if self.is_main:
+            text = re.sub(r"\b(NaN|-?Infinity)\b", "null", json.dumps(line))  # JSON knows neither
             with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before a checkpoint that counts on it
 
@@ -790,15 +810,11 @@ def learning_rate(config, step):
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * decay
 
 
-@torch.no_grad()
-def update_average(ema, learning, decay):
-    """ema = decay * ema + (1 - decay) * weights, in fp32."""
-    torch._foreach_lerp_(list(ema.values()), [learning[name] for name in ema], 1 - decay)
-
-
 @contextmanager
 def averaged(learning, ema):
-    """Inside the `with`, the model has the averaged weights."""
+    """Inside the `with`, the model has the averaged weights. Nothing may be saved there: learning
+    and ema are exchanged.
+    """
     pairs = [(p, ema[name]) for name, p in learning.items()]
     for p, average in pairs:
         p.data, average.data = average.data, p.data
@@ -811,9 +827,17 @@ def averaged(learning, ema):
 
 @contextmanager
 def interruptible():
-    """Inside the `with`, SIGTERM and Ctrl-C only set a flag: the step is finished first."""
+    """Inside the `with`, SIGTERM and Ctrl-C only set a flag: the step is finished first. A second
+    Ctrl-C ends at once.
+    """
     asked, signals = [], (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(s, lambda *_: asked.append(True)) for s in signals]
+
+    def ask(number, _):
+        if number in asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = [signal.signal(s, ask) for s in signals]
     try:
         yield asked
     finally:
@@ -822,7 +846,9 @@ def interruptible():
 
 
 def leave_signals(_):
-    """For data workers, which have to go on until their process has finished its step."""
+    """For data workers, which have to go on until their process has finished its step. As they
+    ignore the signal by which Python would stop them at its end, train() has them killed there.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -867,44 +893,47 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
     if isinstance(stream.source, data.LatentCache):  # the text encoder has done its work
         encoders.forget_t5()
     process.say(banner(config, model, step, stream, held_out, process))
+    if config.compile:  # before recomputing is wrapped around it: what is inside that can't be
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)
     if config.checkpointing:
         checkpoint_blocks(model)
-    if config.compile:
-        for block in model.blocks:
-            block.compile()
     parallel = model
     if process.world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     metrics = Metrics(config.out, step, process)
     (n, _), cost = split(config, process.world), Cost(config, process)
+    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
     loader = iter(DataLoader(
         stream, pin_memory=process.device.startswith("cuda"), num_workers=config.workers,
-        batch_sampler=[positions_of(s, k, config, process)
-                       for s in range(step, config.steps) for k in range(n)],
+        batch_sampler=(positions_of(s, k, config, process)
+                       for s in range(step, config.steps) for k in range(n)),
         multiprocessing_context="spawn" if config.workers else None, worker_init_fn=leave_signals,
     ))  # fmt: skip
     quiet = None if process.rank == 0 else True  # None: a bar on a terminal, else lines (report)
     bar = tqdm(initial=step, total=config.steps, disable=quiet, unit="step")
     skipped = in_a_row = replaced = 0  # since this start
-    since, clock = step, time.time()
+    begun, since, clock = step, step, time.time()
 
     with interruptible() as asked:
         while True:
-            # The data of a whole step first; then all processes go on, or all stop.
-            batches, failure = [], None
-            try:
-                batches = [next(loader) for _ in range(n)] if step < config.steps else []
-            except Exception as error:  # raised again below, when all have stopped and saved
-                failure = error
-            stop, failed = process.sum([bool(asked), failure is not None])
-            if stop or failed:
-                break
-            due = step % config.eval_every == 0 or step % config.film_every == 0
-            if step and (due or step == config.steps):
+            due = any(step % every == 0 for every in (config.eval_every, config.film_every))
+            due = step and (due or step == config.steps)
+            stop, failed, failure = due and process.sum([len(asked)])[0], False, None
+            if due and not stop:
                 with averaged(learning, ema), torch.compiler.set_stance("force_eager"):
                     evaluate(config, model, held_out, encoders, captions, step, metrics, process)
                 since, clock = step, time.time()
-            if step == config.steps:
+                if step == config.steps:
+                    break
+            # The data of a whole step first; then all processes go on, or all stop.
+            if not stop:
+                try:
+                    batches = [next(loader) for _ in range(n)]
+                except Exception as error:  # raised again below, when all have stopped and saved
+                    failure = error
+                stop, failed = process.sum([len(asked), failure is not None])
+            if stop or failed:
                 break
 
             losses, images = torch.zeros(3, device=process.device), on_images(config, step)
@@ -928,15 +957,18 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
             step += 1
             if math.isfinite(norm):
                 optimizer.step()
-                update_average(ema, learning, min(config.ema, (1 + step) / (10 + step)))
+                decay = min(config.ema, (1 + step) / (10 + step))  # short at first, as weights move
+                with torch.no_grad():  # ema = decay * ema + (1 - decay) * weights, in fp32
+                    torch._foreach_lerp_([*ema.values()], [*learning.values()], 1 - decay)
                 in_a_row = 0
             else:
                 skipped, in_a_row = skipped + 1, in_a_row + 1
                 process.say(f"step {step}: its gradient is {norm}; skipped ({in_a_row} in a row)")
-                require(in_a_row < config.bad_steps,
-                        f"{in_a_row} steps in a row had a gradient that is not finite; the last "
-                        f"checkpoint is {newest_checkpoint(config.out)}: --resume with a smaller "
-                        "--lr or --clip")  # fmt: skip
+                if in_a_row == config.bad_steps:
+                    last = newest_checkpoint(config.out)
+                    advice = f"the last checkpoint is {last}: --resume" if last else "start anew"
+                    raise BadInput(f"{in_a_row} steps in a row had a gradient that is not finite; "
+                                   f"{advice} with a smaller --lr or --clip")  # fmt: skip
             optimizer.zero_grad()
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
@@ -952,6 +984,7 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
                 since, clock = step, time.time()
             if step % config.save_every == 0 or step == config.steps:
                 process.share(save)
+                since, clock = step, time.time()
         bar.close()
         if stop or failed:
             process.share(save)
@@ -960,7 +993,8 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
         raise failure or SystemExit(2)  # the process that failed says why
     if not stop:
         films = ", films.gif, films.png" if config.films else ""
-        process.say(f"{config.steps} steps in {time.time() - start:.0f} s, in {config.out}: "
+        process.say(f"{config.steps} steps, the last {config.steps - begun} in "
+                    f"{time.time() - start:.0f} s, in {config.out}: "
                     f"checkpoints, metrics.jsonl, loss.png{films}")  # fmt: skip
 
 
@@ -974,7 +1008,11 @@ def report(line, bar, config, process):
         shown["GB"] = f"{line['memory_gb']:.1f}"
     bar.set_postfix(shown)
     if bar.disable:
-        left = (config.steps - line["step"]) * config.batch_size / line["clips_per_second"] / 60
+        first = math.ceil(config.image_share * config.steps)  # these cost 1 / frames of the others
+        images = max(0, first - line["step"])
+        films = config.steps - line["step"] - images
+        share = config.frames if line["step"] <= first else 1
+        left = (films * share + images) * config.batch_size / line["clips_per_second"] / 60
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
         process.say(f"step {line['step']} of {config.steps}  {text}  {left:.1f} min left")
 
@@ -982,7 +1020,8 @@ def report(line, bar, config, process):
 def model_config(config):
     """The network's configuration: that of its name, with this run's variant and scales."""
     model = MODELS[config.model]
-    space, time = config.space_scale or config.size / 512, config.time_scale or model.time_scale
+    space = config.space_scale or math.sqrt(config.size * (config.width or config.size)) / 512
+    time = config.time_scale or model.time_scale
     return replace(model, variant=config.variant, space_scale=space, time_scale=time)
 
 
@@ -1003,25 +1042,28 @@ def banner(config, model, step, stream, held_out, process):
     count = sum(p.numel() for p in model.parameters())
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision = "bf16 over fp32 weights" if process.device.startswith("cuda") else "fp32"
-    n, B = split(config, process.world)
-    return (f"{config.model}, {config.variant}: {count:,} parameters, {learning:,} of them learn; "
-            f"{len(stream.rows)} clips of {config.frames}x{config.size}x{config.size}, "
-            f"{len(held_out.rows)} held out; {process.world} process(es) on {process.device}, "
-            f"{precision}, {n} x {B} clips a step each, about "
-            f"{predicted_memory(config, model, process):.2f} GB; steps {step} to {config.steps}\n"
-            + " ".join(f"{k}={v}" for k, v in asdict(config).items()))  # fmt: skip
+    (n, B), (_, _, h, w) = split(config, process.world), latent_shape(config)
+    resolved = asdict(config) | {k: getattr(model.config, k) for k in ("space_scale", "time_scale")}
+    return (
+        f"{config.model}, {config.variant}: {count:,} parameters, {learning:,} of them learn; "
+        f"{len(stream.rows)} clips of {config.frames}x{8 * h}x{8 * w}, {len(held_out.rows)} held "
+        f"out; {process.world} process(es) on {process.device}, {precision}, {n} x {B} clips a "
+        f"step each, about {predicted_memory(config, model, process):.2f} GB; steps {step} to "
+        f"{config.steps}\n" + " ".join(f"{k}={v}" for k, v in resolved.items())
+    )
 
 
 def main():
-    # Workers ignore the signal by which Python would stop them, should this process end early.
-    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
     given, preset, resume = parse_command_line()
     process = set_up_process(given.get("device", PRESETS[preset].device))
-    config = process.share(lambda: configuration(given, preset, resume, process.world))
+    config, resume = process.share(lambda: configuration(given, preset, resume, process.world))
+    require(config.device == "auto" or process.device.startswith(config.device),
+            f"the run in {config.out} has device={config.device}: give --device {config.device}, "
+            "or auto for what is here")  # fmt: skip
     train(config, resume, process)
     if process.world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    command(main, BadWeights)
+    command(main, BadWeights, OSError)

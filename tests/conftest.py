@@ -4,6 +4,7 @@ how far off it was.
 
 import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,43 @@ def hand_attention(q, k, v, heads, mask=None):
             scores = scores.masked_fill(~mask[:, None], -torch.inf)
         out.append(scores.softmax(-1) @ v)
     return torch.cat(out, dim=-1)
+
+
+def encode(path, frames, codec="libx264", pix_fmt="yuv420p", rate=24, times=None, container=None,
+           **options):  # fmt: skip
+    """Write uint8 [T, 3, H, W] as a video of any kind. times: of the frames, in milliseconds."""
+    import av
+
+    with av.open(str(path), "w", options=container or {}) as file:
+        stream = file.add_stream(codec, rate=rate, options={k: str(v) for k, v in options.items()})
+        stream.height, stream.width = frames.shape[-2:]
+        stream.pix_fmt, stream.thread_count = pix_fmt, 1
+        if times:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for i, image in enumerate(frames.permute(0, 2, 3, 1).contiguous().numpy()):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def broken_inside(path, frames):
+    """Write a video whose second of four groups of pictures is damaged: a first look, which decodes
+    the last, finds nothing.
+    """
+    encode(path, frames, g=len(frames) // 4, bf=0, container={"movflags": "faststart"},
+           **{"x264-params": "scenecut=0:threads=1"})  # fmt: skip
+    import av
+
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+    content = bytearray(path.read_bytes())
+    for packet in packets[len(frames) // 4 : len(frames) // 2]:
+        content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(content)
+    return path
 
 
 @pytest.fixture(scope="session")

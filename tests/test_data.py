@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, broken_inside
 from safetensors.torch import load_file
 
 import data
@@ -196,10 +196,7 @@ def test_interrupted_cache_goes_on_where_it_stopped(toy, encoders, tmp_path, mon
 
 
 def test_a_clip_that_can_not_be_decoded_after_all_is_left_out(toy, encoders, tmp_path, capsys):
-    clip = bytearray((toy / "train/00000.mp4").read_bytes())
-    start = clip.index(b"mdat") + 4
-    clip[start : start + 400] = bytes(400)  # the packets are listed as before, but hold nothing
-    (tmp_path / "broken.mp4").write_bytes(clip)
+    broken_inside(tmp_path / "broken.mp4", torch.zeros(8, 3, 64, 64, dtype=torch.uint8))
     table = write_table(tmp_path, "broken.mp4,a", f"{toy / 'train/00001.mp4'},b")
     cache = data.write_cache(table, tmp_path / "cache", *encoders, 8, 1, 64)
     assert len(cache) == 1 and cache.text(0) == "b" and cache.skipped[0]["path"] == "broken.mp4"
@@ -216,7 +213,7 @@ def test_the_commands_make_a_toy_and_its_cache(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["data.py", *argv])
         data.main()
     assert len(data.LatentCache(tmp_path / "cache")) == 2
-    assert "2 clips, 0 skipped" in capsys.readouterr().out
+    assert "2 samples of 0.005 MB, 0 clips skipped" in capsys.readouterr().out
 
 
 def test_other_settings_are_refused_with_the_difference_named(toy, encoders):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, randomize
+from conftest import ROOT, broken_inside, randomize
 from safetensors.torch import load_file
 
 import data
@@ -300,15 +300,22 @@ def test_what_is_not_trained_stays_without_gradient_and_optimizer_state(
     assert all(torch.equal(before[n], after[f"model.{n}"]) for n in before.keys() - learns)
 
 
-@pytest.mark.parametrize("option", ["checkpointing",
-                                    pytest.param("compile", marks=pytest.mark.slow)])  # fmt: skip
-def test_recomputed_or_compiled_blocks_give_the_same_losses(config, option):
-    if option == "compile" and not (shutil.which("c++") or shutil.which("g++")):
+@pytest.mark.parametrize("options", [
+    ["checkpointing"],
+    pytest.param(["compile"], marks=pytest.mark.slow),
+    pytest.param(["checkpointing", "compile"], marks=pytest.mark.slow),
+])  # fmt: skip
+def test_recomputed_or_compiled_blocks_give_the_same_losses(config, options):
+    if "compile" in options and not (shutil.which("c++") or shutil.which("g++")):
         pytest.skip("no C++ compiler here")
+    from torch._dynamo.utils import counters
+
     config = replace(config, steps=4, eval_every=4, image_share=0.0, save_every=4)
-    other = replace(config, out=config.out + "2", **{option: True})
+    other = replace(config, out=config.out + "2", **{option: True for option in options})
+    torch.compiler.reset(), counters.clear()
     train.train(config), train.train(other)
-    assert_same_numbers(config.out, other.out, 1e-9 if option == "checkpointing" else 1e-4)
+    assert_same_numbers(config.out, other.out, 1e-4 if "compile" in options else 1e-9)
+    assert (counters["stats"]["unique_graphs"] > 0) == ("compile" in options)
 
 
 def test_checkpointing_keeps_less_and_the_prediction_says_so():
@@ -485,10 +492,7 @@ if __name__ == "__main__":
 
 
 def test_a_held_out_clip_that_cannot_be_decoded_is_replaced(config, toy):
-    broken = bytearray((toy / "held_out/00001.mp4").read_bytes())
-    start = broken.index(b"mdat") + 4
-    broken[start : start + 400] = bytes(400)
-    (toy / "held_out/broken.mp4").write_bytes(broken)
+    broken_inside(toy / "held_out/broken.mp4", torch.zeros(8, 3, 64, 64, dtype=torch.uint8))
     table = toy / "some_held_out.csv"
     table.write_text("path,text\nheld_out/broken.mp4,a\nheld_out/00002.mp4,b\n")
     train.train(replace(config, held_out=str(table), steps=1))
@@ -567,10 +571,7 @@ def test_five_interruptions_leave_no_trace(options, tmp_path):
 
 def test_training_from_clips_with_a_data_worker(config, toy, capsys):
     """Encoders in the loop, a clip that can't be decoded, a spawned worker: it goes on."""
-    broken = bytearray((toy / "train/00001.mp4").read_bytes())
-    start = broken.index(b"mdat") + 4
-    broken[start : start + 400] = bytes(400)  # the packets are listed as before, but hold nothing
-    (toy / "train/broken.mp4").write_bytes(broken)
+    broken_inside(toy / "train/broken.mp4", torch.zeros(8, 3, 64, 64, dtype=torch.uint8))
     table = toy / "some.csv"
     table.write_text(
         "path,text\n" + "".join(f"train/{n}.mp4,a\n" for n in ("00000", "broken", "00002"))
@@ -611,8 +612,7 @@ def test_caption_accuracy_counts_what_the_detector_sees(config, encoders, monkey
 
 def parse(monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    given, preset, resume = train.parse_command_line()
-    return train.configuration(given, preset, resume), resume
+    return train.configuration(*train.parse_command_line())
 
 
 @pytest.mark.parametrize("options, message", [
@@ -626,7 +626,6 @@ def parse(monkeypatch, *options):
     (["--beta2", "1"], "beta2=1.0: expected 0 to 0.99999"),
     (["--frames", "1"], "the toy is about motion"),
     (["--drop_caption", "1.5"], "drop_caption=1.5"),
-    (["--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
     (["--batch_size", "10", "--micro_batch", "4"], "micro_batch 4; try --batch_size 12"),
     (["--init", "nowhere"], "nowhere is not there"),
     (["--trained", "spatial"], "trained='spatial' is unknown"),
@@ -649,6 +648,8 @@ def test_options_override_the_preset_and_a_resumed_run_its_own(monkeypatch, conf
         parse(monkeypatch, "--out", config.out)
     chosen, resume = parse(monkeypatch, "--resume", "--out", config.out, "--steps", 9)
     assert chosen == replace(config, steps=9) and resume
+    chosen, resume = parse(monkeypatch, "--resume", "--out", config.out + "-new")
+    assert not resume and chosen.out == config.out + "-new"  # there is none yet: it begins
     for name, value in (("t_std", 2), ("batch_size", 8), ("seed", 1), ("variant", "full")):
         with pytest.raises(data.BadInput, match=f"{name}=.*; for another, start a new run"):
             parse(monkeypatch, "--resume", "--out", config.out, f"--{name}", value)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, randomize
+from conftest import randomize
 from diffusers import PixArtTransformer2DModel
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
