@@ -293,11 +293,11 @@ def open_video(path):
     except (av.FFmpegError, OSError) as error:
         raise BadClip(f"can't be opened: {error.strerror}") from None
     streams = container.streams.video
-    size = (streams[0].codec_context.width, streams[0].codec_context.height) if streams else (1, 1)
-    if not streams or not 0 < math.prod(size) <= LARGEST:
+    size = [(v.codec_context.width, v.codec_context.height) for v in streams[:1]]
+    if not size or not 0 < math.prod(size[0]) <= LARGEST:
         container.close()
-        raise BadClip("declares a picture of {} x {} pixels".format(*size) if streams else
-                      "has no video stream")  # fmt: skip
+        raise BadClip("has no video stream" if not size else "holds no picture" if 0 in size[0] else
+                      "declares a picture of {} x {} pixels".format(*size[0]))  # fmt: skip
     return container, streams[0]
 
 
@@ -1026,7 +1026,7 @@ def is_cache(path):
     return (Path(path) / "index.json").exists() or (Path(path) / "settings.json").exists()
 
 
-def show(source, out, vae, count, frames, stride, size, seed, fps=8, **options):
+def show(source, out, vae, count, frames, stride, size, seed, **options):
     """Write out/show.png and show.gif: what training sees of the first `count` clips, above, and
     what is left of it after the VAE, below; of a cache, which has no frames any more, the latter
     alone -> captions.
@@ -1050,7 +1050,7 @@ def show(source, out, vae, count, frames, stride, size, seed, fps=8, **options):
             texts.append(sample["text"])
         require(seen, f"{source}: none of the first {count} clips can be decoded")
     write_sheet(Path(out) / "show.png", seen, texts)  # each [T, 3, 2H, W], of a cache [T, 3, H, W]
-    write_gif(Path(out) / "show.gif", torch.cat(seen, dim=-1), fps)
+    write_gif(Path(out) / "show.gif", torch.cat(seen, dim=-1), fps=8)
     return texts
 
 

@@ -470,7 +470,7 @@ def test_a_rank_that_is_killed_ends_the_other_and_the_run_goes_on(config):
     alone = replace(config, out=config.out + "2", steps=step + 4)
     train.train(replace(config, steps=step + 4), resume=True)
     train.train(alone)
-    assert_same_numbers(config.out, alone.out, 1e-4)  # ... and its metrics have no gap and no double
+    assert_same_numbers(config.out, alone.out, 1e-4)  # its metrics have no gap and no double
 
 
 def test_a_failure_with_data_workers_ends_and_leaves_no_process(config, tmp_path):
