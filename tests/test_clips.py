@@ -274,7 +274,7 @@ BROKEN = {
     "empty": "is empty", "truncated head": "can't be opened", "truncated tail": "was cut off",
     "not a video": "can't be opened", "no video stream": "has no video stream",
     "zero frames": "", "wrong extension": "holds no picture", "a directory": "is a directory",
-    "a dangling link": "is not there", "truncated middle": "can't be decoded",
+    "a dangling link": "is not there", "truncated middle": "was cut off",
     "a huge declared size": "declares a picture of 50000 x 50000 pixels",
 }  # fmt: skip
 
