@@ -67,7 +67,8 @@ def encode(path, frames, codec="libx264", pix_fmt="yuv420p", rate=24, times=None
         stream.pix_fmt, stream.thread_count = pix_fmt, 1
         if times:
             stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
-        for i, image in enumerate(frames.permute(0, 2, 3, 1).contiguous().numpy()):
+        for i, image in enumerate(frames):
+            image = image.permute(1, 2, 0).contiguous().numpy()  # [H, W, 3]
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if times:
                 frame.pts, frame.time_base = times[i], Fraction(1, 1000)

@@ -591,24 +591,26 @@ def test_a_cache_that_is_killed_twenty_times_is_the_same_to_the_byte(folder, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux counts this so")
 def test_memory_does_not_grow_with_the_length_of_a_clip(tmp_path):
     """python -m pytest -m slow -s -k memory_does_not. 1080p, 20 s and 80 s."""
     peaks = {}
-    film = drawing(24, 1080, 1920)
+    still = drawing(1, 1080, 1920)
     for seconds in (20, 80):
         folder = tmp_path / str(seconds)
         folder.mkdir()
-        encode(folder / "clip.mp4", film.repeat(seconds, 1, 1, 1), g=48, preset="ultrafast")
+        film = still.expand(24 * seconds, -1, -1, -1)
+        encode(folder / "clip.mp4", film, g=48, preset="ultrafast")
         (folder / "clip.txt").write_text("a wall")
-        code = ("import sys, resource; sys.argv = sys.argv[1:]; import data; data.main(); "
-                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")  # fmt: skip
+        code = ("import sys; sys.argv = sys.argv[1:]; import data; data.main(); print([line for "
+                "line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])")
         command = [sys.executable, "-c", code, "data.py", "cache", folder, "--frames", "16",
                    "--stride", "3", "--spans", "8", "--out",
                    tmp_path / f"cache{seconds}"]  # fmt: skip
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         peaks[seconds] = int(done.stdout.splitlines()[-1])
-    print(f"\npeak memory by seconds of 1080p: {peaks}")
+    print(f"\npeak memory in kB by seconds of 1080p: {peaks}")
     assert peaks[80] < 1.1 * peaks[20]
 
 
@@ -641,3 +643,68 @@ def test_a_sample_takes_the_room_that_is_stated(folder, encoders, tmp_path):
     assert Path(path).stat().st_size == 2 * numbers + header
     assert json.loads((cache.folder / "index.json").read_text())["shards"][0]["samples"] == 10
     shutil.rmtree(cache.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the disk's cache can't be emptied")
+def test_reading_rates(toy, tmp_path, capsys):
+    """python -m pytest -m slow -s -k rates: clips through one worker, as in training; samples of a
+    cache of 64 x 512 x 512, in random order, beside the bare reading of its files. No rate is
+    asserted.
+    """
+    from safetensors.torch import save_file
+    from torch.utils.data import DataLoader
+
+    clips = data.Clips(toy / "train.csv", 8, 1, 64, 0)
+    stream = train.Stream(clips, range(len(clips)), 0)
+    batches = [range(i, i + 16) for i in range(0, 1600, 16)]
+    loader = iter(DataLoader(stream, batch_sampler=batches, num_workers=1,
+                             multiprocessing_context="spawn"))  # fmt: skip
+    for _ in range(20):
+        next(loader)  # the worker has started, and what it has read ahead is used up
+    start = time.time()
+    read = sum(len(batch["text"]) for batch in loader)
+    lines = [f"clips of 8 x 64 x 64, one worker: {read / (time.time() - start):.0f} a second"]
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    shards = []
+    for number in range(6):
+        tensors, made = {}, []
+        for i in range(64):
+            sample = {"latents": torch.randn(4, 64, 64, 64), "y": torch.randn(120, 4096)}
+            sample = {name: value.half() for name, value in sample.items()}
+            made.append({"row": i, "text": "", "crc": data.checksum(sample)})
+            tensors |= {f"{i}.{name}": value for name, value in sample.items()}
+        path = cache / f"shard_{number:05d}.safetensors"
+        save_file(tensors, path, {"index": json.dumps({"samples": made, "skipped": []})})
+        shards.append({"file": path.name, "samples": 64, "sha256": data.sha256_of(path)})
+    data.write_json(cache / "index.json", {
+        "settings": {"caption_length": 120}, "shards": shards, "skipped": [], "latent_channels": 4,
+        "caption_channels": 4096, "vae": "", "t5": "",
+    })  # fmt: skip
+    cache = data.LatentCache(cache)
+
+    def forget():  # so that the disk is read, not its cache
+        for path, _, _ in cache.shards:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    size = sum(Path(path).stat().st_size for path, _, _ in cache.shards) / 1e6
+    rates = {}
+    for kind in ("files", "samples", "files", "samples"):
+        data.open_shard.cache_clear()
+        forget()
+        start = time.time()
+        if kind == "files":
+            for path, _, _ in cache.shards:
+                Path(path).read_bytes()
+        else:
+            for i in train.permutation(0, len(cache), 0):
+                assert cache[i, 0]["latents"].shape == (4, 64, 64, 64)
+        rates[kind] = time.time() - start
+    of_samples, of_files = (size / rates[kind] for kind in ("samples", "files"))
+    lines.append(f"samples of 64 x 512 x 512: {len(cache) / rates['samples']:.0f} a second, "
+                 f"{of_samples:.0f} MB/s; their files: {of_files:.0f} MB/s")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))

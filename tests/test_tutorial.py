@@ -5,8 +5,8 @@ import re
 from conftest import ROOT
 
 
-def test_the_tutorials_blocks_run_in_order(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_tutorials_blocks_run_in_order(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # what they write goes there
     text = (ROOT / "tutorial.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 8
