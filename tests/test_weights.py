@@ -402,7 +402,7 @@ def test_films_from_released_weights(name, hub, hub_folder, tmp_path, monkeypatc
     (["--weights", "PIXART"], "the model takes captions of 4096 channels"),
     (["--weights", "PIXART", "--model", "toys"], "model='toys' is unknown"),
     (["--weights", "PIXART", "--space-scale", "0"], "space_scale=0.0: expected more than 0"),
-    (["--weights", "PIXART", "--model", "toy", "--size", "72"], "size=72 by 16"),
+    (["--weights", "PIXART", "--model", "toy", "--size", "72"], "size=72 and width=72 by 16"),
 ])  # fmt: skip
 def test_bad_weights_end_the_command_with_one_line(
     options, message, hub_folder, tmp_path, monkeypatch, capsys
