@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -151,19 +152,31 @@ def progress(items, label, total=None):
 
 
 class Process(NamedTuple):
-    """Which of the processes this one is, how many there are, its device, and their gloo group."""
+    """Which of the processes this one is, how many there are, its device, and their gloo group. sp
+    processes share each film, in the group `sequence`: a replica, whose members do the same work.
+    """
 
     rank: int
     world: int
     device: str
     group: object = None
+    sp: int = 1
+    sequence: object = None
+
+    @property
+    def replica(self):
+        return self.rank // self.sp
+
+    @property
+    def replicas(self):
+        return self.world // self.sp
 
     def sum(self, values):
-        """Sum a list of numbers over all processes."""
+        """Sum a list of numbers over all replicas."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(total, group=self.group)
-        return total.tolist()
+        return (total / self.sp).tolist()
 
     def share(self, work):
         """What work() gives on the first process, for all, for files may lie on its machine alone.
@@ -186,16 +199,16 @@ class Process(NamedTuple):
         return answer
 
     def gather(self, items):
-        """The lists of all processes one after the other, on the first process."""
+        """The lists of all replicas one after the other, on the first process."""
         lists = [items] * self.world
         if self.world > 1:
             dist.gather_object(items, lists if self.rank == 0 else None, group=self.group)
-        return sum(lists, [])
+        return sum(lists[:: self.sp], [])
 
     def mine(self, items):
-        """The part of a list that this process takes."""
+        """The part of a list that this replica takes."""
         n = len(items)
-        return items[self.rank * n // self.world : (self.rank + 1) * n // self.world]
+        return items[self.replica * n // self.replicas : (self.replica + 1) * n // self.replicas]
 
     def say(self, text):
         """Print, on the first process alone, without cutting through the progress bar."""
@@ -204,8 +217,8 @@ class Process(NamedTuple):
             sys.stdout.flush()
 
 
-def set_up_process(device):
-    """Read torchrun's variables; without torchrun, one process."""
+def set_up_process(device, sp=1):
+    """Read torchrun's variables; without torchrun, one process. sp: how many share a film."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
     rank, world, local = (int(os.environ.get(name, default)) for name, default in names)
     device = pick_device(device)
@@ -217,11 +230,16 @@ def set_up_process(device):
                               "start fewer processes")  # fmt: skip
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
+    require(sp > 0 and world % sp == 0, f"sp={sp}: expected a number that divides the {world} "
+                                        "process(es) that torchrun starts")  # fmt: skip
     if world == 1:
         return Process(rank, world, device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     # Patient: the others wait here while the first makes the toy, or reads or writes large weights.
-    return Process(rank, world, device, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    shape, names = (world // sp, sp), ("data", "sequence")
+    mesh = init_device_mesh(device.split(":")[0], shape, mesh_dim_names=names)
+    return Process(rank, world, device, group, sp, mesh["sequence"].get_group() if sp > 1 else None)
 
 
 # ---------------------------------------------------------------------------------------------

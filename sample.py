@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from data import (
     HELD_OUT, T5, TRIPLES, VAE, BadInput, caption_of, clean_caption, command, detect,
-    keyed_generator, pick_device, read_json, to_uint8, write_gif, write_sheet, write_video,
+    keyed_generator, read_json, require, set_up_process, to_uint8, write_gif, write_sheet,
+    write_video,
 )  # fmt: skip
 from stdit import (
     MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, load_weights,
@@ -405,6 +406,7 @@ def parse_command_line():
     add("--sampler", choices=list(SAMPLERS), default="ddpm")
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=8, help="films at a time; more need more memory")
+    add("--sp", type=int, default=1, help="processes that share each film, as torchrun starts")
     add("--out", default="samples", help="folder to write")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     return parser.parse_args()
@@ -431,7 +433,10 @@ def main():
         if (value := getattr(args, name)) is not None and not value > 0:
             raise BadInput(f"{name}={value}: expected more than 0")
     SAMPLERS[args.sampler][0](args.steps)  # complain before anything is loaded
-    device = pick_device(args.device)
+    process = set_up_process(args.device, args.sp)
+    require(process.replicas == 1, f"sp={args.sp}: torchrun started {process.world} processes, and "
+                                   f"all have to share; give --sp {process.world}")  # fmt: skip
+    device = process.device
 
     # What is filmed with: a run knows its model, encoders and sizes; weights know at most a model.
     run, weights = args.run, args.weights
@@ -480,20 +485,22 @@ def main():
         model = STDiT(c).eval()
         new = load_weights(model, weights, t5.null_caption)
         if new:
-            print(f"{weights} is an image model: {len(new)} temporal tensors are as at the start "
-                  "of a training")  # fmt: skip
-    model.config = replace(c, **scales)
+            process.say(f"{weights} is an image model: {len(new)} temporal tensors are as at the "
+                        "start of a training")  # fmt: skip
+    model.config, model.group = replace(c, **scales), process.sequence
     y, mask = t5.encode([clean_caption(p) for p in prompts] if settings["clean"] else prompts)
     del t5  # T5-XXL's 9.5 GB in bf16 are not needed any more
     gc.collect()
     was = f"stored: {stored.space_scale}, {stored.time_scale}" if stored else "none are stored"
-    print(f"{weights or run}: {c.variant}, space_scale={model.config.space_scale}, "
-          f"time_scale={model.config.time_scale} ({was})")  # fmt: skip
+    process.say(f"{weights or run}: {c.variant}, space_scale={model.config.space_scale}, "
+                f"time_scale={model.config.time_scale} ({was})")  # fmt: skip
 
     shape = (c.in_channels, frames, size // vae.factor, width // vae.factor)
-    keys, options = film_keys(args.seed, prompts), {"steps": args.steps, "bar": True}
+    keys, options = film_keys(args.seed, prompts), {"steps": args.steps, "bar": process.rank == 0}
     options |= {"guidance": args.guidance, "sampler": args.sampler}
     films = film(model.to(device), vae, y, mask, keys, shape, args.batch, **options)
+    if process.rank > 0:
+        return
     out = Path(args.out)
     for i, (prompt, video) in enumerate(zip(prompts, films)):
         name = f"{i:02d}_{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}"

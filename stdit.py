@@ -22,14 +22,17 @@ import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -190,6 +193,70 @@ def modulate(x, shift, scale):
 
 
 # ---------------------------------------------------------------------------------------------
+# One film on several GPUs: sequence parallelism
+#
+# 64 frames of 512x512 are 65,536 tokens, whose activations fill a GPU. So n processes share a film:
+# each has T/n of its frames, which is all that anything but the temporal attention needs. Around
+# that one, an exchange makes frames whole and shares out the patches instead, and another brings
+# them back (Dynamic Sequence Parallelism, arXiv 2403.10266). In each, a process sends and receives
+# (n - 1) / n of its tokens once, where splitting by heads (Ulysses) would exchange q, k, v and the
+# output. Where n does not divide T or S, empty tokens fill up, and are cut off again before any
+# attention could see them.
+
+
+class Shard(NamedTuple):
+    """How a film's tokens [B, T, S, D] are shared: over the frames, by the processes of a group."""
+
+    group: dist.ProcessGroup
+    T: int
+    S: int
+
+
+def exchange(x, group):
+    """x [n, ...]: x[i] goes to process i -> [n, ...], what each of the n had for this one. The
+    gradient goes the same way back.
+    """
+    return all_to_all_single_autograd(x.contiguous(), None, None, group)
+
+
+def fill_up(x, dim, n):
+    """Zeros at the end of a dimension, until n divides it."""
+    short = -x.shape[dim] % n
+    return torch.cat([x, x.new_zeros(*x.shape[:dim], short, *x.shape[dim + 1 :])], dim)
+
+
+def switch_shard(x, whole, shared, shard):
+    """Tokens [B, T, S, D], some of the dimension `whole` (1: frames, 2: patches) and all of the
+    other -> all of `whole`, some of `shared`. Without a shard, as they are.
+    """
+    if shard is None:
+        return x
+    n = shard.group.size()
+    parts = torch.stack(fill_up(x, shared, n).chunk(n, shared))  # [n, B, ...], for each process
+    x = torch.cat(exchange(parts, shard.group).unbind(), whole)
+    return x.narrow(whole, 0, (shard.T, shard.S)[whole - 1])
+
+
+def own_frames(x, shard):
+    """This process's part of all frames; x [B, T, ...]."""
+    n = shard.group.size() if shard else 1
+    return fill_up(x, 1, n).chunk(n, 1)[shard.group.rank()] if shard else x
+
+
+def all_frames(x, shard):
+    """The frames of all processes [B, T, ...], on each. Backwards, the gradients of all processes
+    for the frames of this one are added up. So if each works out the loss of the whole film, a
+    weight's gradient is n times what this one's frames add to it, and the mean over all processes,
+    which DDP takes, is the gradient. Losses of single parts would need that factor n by hand.
+    """
+    if shard is None:
+        return x
+    n = shard.group.size()
+    parts = exchange(x.expand(n, *x.shape), shard.group)  # [n, B, T/n, ...]
+    return torch.cat(parts.unbind(), 1)[:, : shard.T]
+
+
+# ---------------------------------------------------------------------------------------------
 # The block
 #
 # A film of T frames and S patches is T*S tokens. Attention among all of them costs (T*S)^2; STDiT
@@ -217,10 +284,12 @@ def along_space(attention, x):
     return rearrange(out, "(b t) s d -> b t s d", t=x.shape[1])
 
 
-def along_time(attention, x):
+def along_time(attention, x, shard=None):
     """Each patch looks at itself in all frames. [B, T, S, D] -> [B, T, S, D]."""
+    x = switch_shard(x, 1, 2, shard)
     out = attention(rearrange(x, "b t s d -> (b s) t d"))  # [B*S, T, D]
-    return rearrange(out, "(b s) t d -> b t s d", s=x.shape[2])
+    out = rearrange(out, "(b s) t d -> b t s d", s=x.shape[2])
+    return switch_shard(out, 2, 1, shard)
 
 
 def along_film(attention, x):
@@ -250,20 +319,21 @@ class Block(nn.Module):
             self.scale_shift_table_temp = nn.Parameter(torch.randn(6, D) / D**0.5)
             self.mlp_temp = MLP(D, hidden, D)
 
-    def forward(self, x, y, mask, rows, time):
+    def forward(self, x, y, mask, rows, time, shard=None):
         """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; rows [B, 6, D] from the
-        timestep; time [T, 1, D], the temporal embedding, in the first block, else None
-        -> [B, T, S, D].
+        timestep; time [1, T, 1, D], the temporal embedding, in the first block, else None
+        -> [B, T, S, D]. With a shard, x and time are of this process's frames alone.
         """
         six = (self.scale_shift_table + rows)[:, :, None, None].unbind(1)  # 6 x [B, 1, 1, D]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = six  # of the attention, of the MLP
 
         if self.variant == "sequential":  # space, then time; x itself never gets the embedding
             x = x + gate_a * along_space(self.attn, modulate(x, shift_a, scale_a))
-            x = x + gate_a * along_time(self.attn_temp, add_time(x, time))
+            x = x + gate_a * along_time(self.attn_temp, add_time(x, time), shard)
         elif self.variant == "parallel":  # both look at the same tokens
             space = along_space(self.attn, modulate(x, shift_a, scale_a))
-            x = x + gate_a * (space + along_time(self.attn_temp, add_time(x, time)))
+            time_too = along_time(self.attn_temp, add_time(x, time), shard)
+            x = x + gate_a * (space + time_too)
         elif self.variant == "full":  # at once; here the tokens themselves must tell the time
             x = add_time(x, time)
             x = x + gate_a * along_film(self.attn, modulate(x, shift_a, scale_a))
@@ -278,7 +348,7 @@ class Block(nn.Module):
             six = (self.scale_shift_table_temp + rows)[:, :, None, None].unbind(1)
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = six  # 6 x [B, 1, 1, D]
             x = add_time(x, time)
-            x = x + gate_a * along_time(self.attn_temp, modulate(x, shift_a, scale_a))
+            x = x + gate_a * along_time(self.attn_temp, modulate(x, shift_a, scale_a), shard)
             x = x + gate_m * self.mlp_temp(modulate(x, shift_m, scale_m))
         return x
 
@@ -362,6 +432,7 @@ class STDiT(nn.Module):
             )
         D = config.hidden_size
         self.config = config
+        self.group = None  # of the processes that share each film; all are given the whole of it
         self.x_embedder = PatchEmbedder(config)
         self.t_embedder = TimestepEmbedder(D)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
@@ -403,20 +474,25 @@ class STDiT(nn.Module):
         if T % pt or H % ph or W % pw:
             raise ValueError(f"latents of {T}x{H}x{W} do not divide into patches of {pt}x{ph}x{pw}")
         T, h, w = T // pt, H // ph, W // pw
+        shard = Shard(self.group, T, h * w) if self.group else None
+        if shard and self.config.variant == "full":
+            raise ValueError("variant=full: its attention needs all tokens at once; give sp=1")
         D, device = self.config.hidden_size, x.device
         space = spatial_embedding(h, w, D, self.config.space_scale, device)  # [S, D]
-        time = temporal_embedding(T, D, self.config.time_scale, device)[:, None]  # [T, 1, D]
+        time = temporal_embedding(T, D, self.config.time_scale, device)[None, :, None]
+        # [1, T, 1, D]
         if T == 1 and self.config.variant in ("full", "latte"):  # added to the tokens themselves,
             time = None  # and those of a picture are to be as an image model knows them
 
-        x = self.x_embedder(x) + space  # [B, T, S, D]
+        x = own_frames(self.x_embedder(x) + space, shard)  # [B, T, S, D]; shared: T/n frames
+        time = time if time is None else own_frames(time, shard)
         t = self.t_embedder(t)  # [B, D]
         rows = self.t_block(t).unflatten(1, (6, D))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
         mask = None if mask is None else mask.bool()  # [B, L]
         for i, block in enumerate(self.blocks):
-            x = block(x, y, mask, rows, time if i == 0 else None)  # [B, T, S, D]
-        x = self.final_layer(x, t)  # [B, T, S, pt*ph*pw*2C]
+            x = block(x, y, mask, rows, time if i == 0 else None, shard)  # [B, T, S, D]
+        x = all_frames(self.final_layer(x, t), shard)  # [B, T, S, pt*ph*pw*2C]
         return unpatchify(x, self.config.patch_size, h, w)  # [B, 2C, T*pt, H, W]
 
     def save_pretrained(self, folder):
@@ -443,12 +519,27 @@ def config_from(fields):
     return STDiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def checkpoint_blocks(model):
+PRODUCTS = [getattr(torch.ops.aten, name).default for name in (
+    "mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention_for_cpu",
+)]  # fmt: skip
+
+
+def checkpoint_blocks(model, keep_products=False):
     """Keep for the backward pass what enters each block, and compute its inside again: a third more
-    work, for the memory of one block's inside instead of all. No number changes. Call it once.
+    work, for the memory of one block's inside instead of all. With keep_products, what comes out of
+    matrix products and attentions is kept as well, about 18 D numbers a token and block, and little
+    is computed twice. No number changes. Call it once, before torch.compile.
     """
+    options = {}
+    if keep_products:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, PRODUCTS)
+
+    def recomputed(forward):
+        return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False, **options)
+
     for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = recomputed(block.forward)
 
 
 def unpatchify(x, patch_size, h, w):

@@ -105,8 +105,9 @@ class TrainConfig:
     # where and how often
     seed: int = 0  # of every random draw in training (the toy's films and cache keep theirs, 0)
     device: str = "auto"  # auto, cpu, cuda or mps; fp32, on cuda bf16 over fp32 weights
+    sp: int = 1  # processes that share each film: for films that are too large for one GPU
     workers: int = 0  # processes per rank that read data; a small cache needs none
-    checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more work
+    checkpointing: str = "none"  # what blocks compute twice to save memory: all, or but-products
     compile: bool = False  # torch.compile the blocks: minutes at the start, then faster on GPUs
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 500  # steps between evaluations of the held-out loss
@@ -127,7 +128,7 @@ V1 = TrainConfig(
     model="STDiT-XL/2", space_scale=0.5, time_scale=1.0, data="", stride=3,
     vae="PixArt-alpha/PixArt-XL-2-512x512", t5="PixArt-alpha/PixArt-XL-2-512x512",
     image_share=0.0, batch_size=512, micro_batch=8, lr=2e-5, warmup=0, cosine=False, beta2=0.999,
-    ema=0.9999, t_std=0.0, min_snr=0.0, workers=4, checkpointing=True, log_every=10,
+    ema=0.9999, t_std=0.0, min_snr=0.0, workers=4, checkpointing="all", log_every=10,
     eval_every=1000, film_every=1000, guidance=7.0,
 )  # fmt: skip
 PRESETS = {
@@ -138,7 +139,7 @@ PRESETS = {
                              init="out/16x256x256"),
     "16x512x512": replace(V1, frames=16, size=512, steps=20_000, out="out/16x512x512",
                           init="out/16x256x256-hq", space_scale=1.0, batch_size=128,
-                          checkpointing=False, micro_batch=1),
+                          checkpointing="none", micro_batch=1),
     "64x512x512": replace(V1, frames=64, size=512, steps=20_000, out="out/64x512x512",
                           init="out/16x512x512", space_scale=1.0, time_scale=1.5, stride=2, fps=12,
                           batch_size=128, micro_batch=4),
@@ -215,7 +216,7 @@ def configuration(given, preset, resume, world=1):
 MAY_CHANGE = {"out", "steps", "data", "held_out", "vae", "t5", "micro_batch", "bad_steps", "device",
               "workers", "checkpointing", "compile", "log_every", "eval_every", "film_every", "lr",
               "films", "film_steps", "guidance", "save_every", "keep", "max_bad", "cosine", "clip",
-              "warmup", "ema", "fps"}  # fmt: skip
+              "warmup", "ema", "fps", "sp"}  # fmt: skip
 
 
 def true_or_false(text):
@@ -229,7 +230,7 @@ def nearest(name, names):
 
 RANGES = (
     (1, math.inf, "steps stride fps log_every eval_every film_every save_every keep bad_steps "
-                  "toy_clips batch_size"),
+                  "toy_clips batch_size sp"),
     (0, math.inf, "films workers warmup min_snr lr weight_decay t_std space_scale time_scale "
                   "micro_batch width guidance"),
     (0, 1, "image_share drop_caption max_bad ema"),
@@ -240,7 +241,9 @@ RANGES = (
 def check(config, world):
     """BadInput where a field, or two together, can't be right."""
     c = config
-    for field, names in (("model", MODELS), ("variant", VARIANTS), ("trained", TRAINED)):
+    kinds = {"model": MODELS, "variant": VARIANTS, "trained": TRAINED,
+             "checkpointing": ("none", "all", "but-products")}  # fmt: skip
+    for field, names in kinds.items():
         value = getattr(c, field)
         require(value in names, f"{field}={value!r} is unknown; {nearest(value, names)}")
     for low, high, names in RANGES:
@@ -256,15 +259,18 @@ def check(config, world):
                                f"{unit // 8}); try --{name} {near}")  # fmt: skip
     require(c.frames > 0 and c.frames % pt == 0,
             f"frames={c.frames} must be a multiple of the patch's {pt}")  # fmt: skip
-    group = world * (c.micro_batch or 1)
+    replicas = max(1, world // c.sp)
+    group = replicas * (c.micro_batch or 1)
     batch = math.ceil(max(c.batch_size, 1) / group) * group
     require(c.batch_size == batch,
-            f"batch_size={c.batch_size} must be a multiple of {world} process(es) x micro_batch "
+            f"batch_size={c.batch_size} must be a multiple of {replicas} process(es) x micro_batch "
             f"{c.micro_batch or 1}; try --batch_size {batch} or a smaller --micro_batch")
     require(c.data, "no data: give --data, a cache that data.py made, a folder of clips or a CSV")
     require(c.trained != "temporal" or (c.image_share == 0 and c.variant != "full"),
             f"trained=temporal needs image_share=0 and a variant with temporal attention; found "
             f"{c.image_share}, {c.variant}")  # fmt: skip
+    require(c.sp == 1 or c.variant != "full", f"sp={c.sp}: variant=full attends to all tokens at "
+                                              "once and can't be shared; give --sp 1")  # fmt: skip
     if c.data == "toy":
         require(c.frames > 1 and c.stride == 1, f"frames={c.frames}, stride={c.stride}: the toy is "
                 "about motion, in films as long as a sample; give 2 or more, and 1")  # fmt: skip
@@ -309,16 +315,16 @@ class Stream:
         raise BadInput(f"none of the {len(order)} clips can be decoded")
 
 
-def split(config, world):
-    """(n, B): a step is n micro-batches of B clips on each process."""
-    B = config.micro_batch or config.batch_size // world
-    return config.batch_size // (B * world), B
+def split(config, replicas):
+    """(n, B): a step is n micro-batches of B clips on each replica."""
+    B = config.micro_batch or config.batch_size // replicas
+    return config.batch_size // (B * replicas), B
 
 
 def positions_of(step, k, config, process):
     """What this process takes in micro-batch k of a step: B positions of the stream."""
-    _, B = split(config, process.world)
-    first = step * config.batch_size + (k * process.world + process.rank) * B
+    _, B = split(config, process.replicas)
+    first = step * config.batch_size + (k * process.replicas + process.replica) * B
     return range(first, first + B)
 
 
@@ -598,7 +604,7 @@ def evaluate(config, model, held_out, encoders, captions, step, metrics, process
     if config.data == "toy":
         times = (2, 8) if last else (1, 1)  # films of a seen and of an unseen caption
         part = caption_accuracy(model, encoders.vae, encoders.t5, times, config.seed, shape,
-                                process.rank, process.world, **options)  # fmt: skip
+                                process.replica, process.replicas, **options)  # fmt: skip
         accuracy = [int(count) for count in process.sum(part)]
         process.say(f"step {step}: {describe(accuracy)}")
     metrics.write(step=step, films=f"{path}.gif", accuracy=accuracy)
@@ -746,10 +752,12 @@ def predicted_memory(config, model, process):
         kept.append(sum(held.values()))
     inside = (kept[1] - kept[0]) / 64  # bytes a token, in one block
     tokens = math.prod(latent_shape(config)[1:]) // math.prod(model.config.patch_size)
-    tokens *= config.micro_batch or config.batch_size // process.world
+    tokens *= split(config, process.replicas)[1] / process.sp
     blocks = model.config.depth
-    stored = blocks * 4 * D + inside if config.checkpointing else blocks * inside
-    return (fixed + tokens * stored) / 1e9
+    product = 4 if process.device == "cpu" else 2  # bytes; under autocast, in bf16
+    stored = {"none": blocks * inside, "all": blocks * 4 * D + inside,
+              "but-products": blocks * (4 + 18 * product) * D + inside}  # fmt: skip
+    return (fixed + tokens * stored[config.checkpointing]) / 1e9
 
 
 # ---------------------------------------------------------------------------------------------
@@ -893,16 +901,16 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
     if isinstance(stream.source, data.LatentCache):  # the text encoder has done its work
         encoders.forget_t5()
     process.say(banner(config, model, step, stream, held_out, process))
-    if config.compile:  # before recomputing is wrapped around it: what is inside that can't be
+    if config.checkpointing != "none":
+        checkpoint_blocks(model, config.checkpointing == "but-products")
+    if config.compile:
         for block in model.blocks:
             block.forward = torch.compile(block.forward)
-    if config.checkpointing:
-        checkpoint_blocks(model)
-    parallel = model
+    parallel, model.group = model, process.sequence
     if process.world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     metrics = Metrics(config.out, step, process)
-    (n, _), cost = split(config, process.world), Cost(config, process)
+    (n, _), cost = split(config, process.replicas), Cost(config, process)
     atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
     loader = iter(DataLoader(
         stream, pin_memory=process.device.startswith("cuda"), num_workers=config.workers,
@@ -972,7 +980,7 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
             optimizer.zero_grad()
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
-                loss, mse, vlb = (v / process.world for v in process.sum(losses.tolist()))
+                loss, mse, vlb = (v / process.replicas for v in process.sum(losses.tolist()))
                 rate = (step - since) * config.batch_size / (time.time() - clock)
                 line = {"step": step, "loss": loss, "mse": mse, "vlb": vlb, "grad_norm": norm,
                         "lr": learning_rate(config, step - 1), "clips_per_second": rate,
@@ -1042,7 +1050,7 @@ def banner(config, model, step, stream, held_out, process):
     count = sum(p.numel() for p in model.parameters())
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision = "bf16 over fp32 weights" if process.device.startswith("cuda") else "fp32"
-    (n, B), (_, _, h, w) = split(config, process.world), latent_shape(config)
+    (n, B), (_, _, h, w) = split(config, process.replicas), latent_shape(config)
     resolved = asdict(config) | {k: getattr(model.config, k) for k in ("space_scale", "time_scale")}
     return (
         f"{config.model}, {config.variant}: {count:,} parameters, {learning:,} of them learn; "
@@ -1055,11 +1063,13 @@ def banner(config, model, step, stream, held_out, process):
 
 def main():
     given, preset, resume = parse_command_line()
-    process = set_up_process(given.get("device", PRESETS[preset].device))
+    process = set_up_process(given.get("device", PRESETS[preset].device), given.get("sp", 1))
     config, resume = process.share(lambda: configuration(given, preset, resume, process.world))
     require(config.device == "auto" or process.device.startswith(config.device),
             f"the run in {config.out} has device={config.device}: give --device {config.device}, "
             "or auto for what is here")  # fmt: skip
+    require(config.sp == process.sp, f"the run in {config.out} has sp={config.sp}: give --sp, that "
+                                     "or another")  # fmt: skip
     train(config, resume, process)
     if process.world > 1:
         dist.destroy_process_group()

@@ -352,7 +352,7 @@ def test_training_begins_with_weights_and_its_own_scales(toy, hub_folder, tmp_pa
 @pytest.mark.parametrize("variant", ["full", "parallel", "latte"])
 def test_every_variant_trains_and_films(variant, toy, tmp_path, monkeypatch):
     run = train_toy(
-        toy, tmp_path / "run", variant=variant, checkpointing=True, steps=2, image_share=0.5
+        toy, tmp_path / "run", variant=variant, checkpointing="all", steps=2, image_share=0.5
     )
     films = film(monkeypatch, tmp_path, "--run", run)
     assert films == ["00_a.gif", "00_a.mp4", "sheet.png"]

@@ -1,0 +1,300 @@
+"""Speed and memory of training and sampling, on whatever machine this is.
+
+    python benchmarks/speed.py                 # a CPU: small sizes, 5 minutes; CUDA: v1's stages
+    python benchmarks/speed.py --step          # one whole AdamW step of XL/2 at 16x512x512: 24 GB
+
+Random weights and latents. Everything in a table was measured in one run, in turns, so that ratios
+hold also where the machine is noisy; times are medians. Beside ours stands diffusers' Latte, of the
+same width, depth and shape: the nearest thing that many people use. Latte's depth counts pairs of
+blocks, one of space and one of time, each with an MLP; ours is one block with both attentions, so
+at equal depth Latte has 26 C^2 multiplications a token and layer, ours 18 C^2 (and 4 C^2 for the
+caption each). Writes benchmarks/speed.json.
+
+FLOPs are counted by torch (a multiplication and an addition are two), three times the forward pass
+for a training step; what is recomputed does not count as work done. Activation memory is what the
+forward pass keeps for the backward pass, each storage once, without the weights.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sample import autocast, sample  # noqa: E402
+from stdit import MODELS, STDiT, checkpoint_blocks  # noqa: E402
+from train import PEAK, PRESETS, Cost, Process, latent_shape, predicted_memory  # noqa: E402
+
+
+def latte(config, frames, size):
+    """diffusers' Latte with the width, depth and heads of a configuration, called as ours is."""
+    from diffusers import LatteTransformer3DModel
+
+    model = LatteTransformer3DModel(
+        num_attention_heads=config.num_heads, num_layers=config.depth, in_channels=4,
+        attention_head_dim=config.hidden_size // config.num_heads, out_channels=8, patch_size=2,
+        cross_attention_dim=config.hidden_size, caption_channels=config.caption_channels,
+        sample_size=size, video_length=frames, attention_bias=True, norm_eps=1e-6,
+        activation_fn="gelu-approximate", norm_type="ada_norm_single", num_embeds_ada_norm=1000,
+        norm_elementwise_affine=False,
+    )  # fmt: skip
+    forward = model.forward
+    model.forward = lambda x, t, y: forward(x, t, y).sample
+    return model
+
+
+def inputs(config, shape, batch, device):
+    """Random x [B, C, T, h, w], t [B], y [B, L, E]: all captions have their full length."""
+    x = torch.randn(batch, *shape, device=device)
+    t = torch.randint(1000, (batch,), device=device)
+    return x, t, torch.randn(batch, config.caption_length, config.caption_channels, device=device)
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def training_step(model, batch, device):
+    """Forward, backward; -> seconds."""
+    model.zero_grad()
+    wait(device)
+    start = time.perf_counter()
+    with autocast(device):
+        out = model(*batch)
+    out.square().mean().backward()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def kept(model, batch, device):
+    """Bytes that the forward pass keeps for the backward pass."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = {}
+
+    def hold(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        with autocast(device):
+            out = model(*batch)  # noqa: F841  alive until the sum is taken
+    return sum(held.values())
+
+
+def flops(make, config, shape):
+    """FLOPs of one training step on one film, three times the forward pass, counted without content
+    on the device "meta".
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        y = torch.empty(1, config.caption_length, config.caption_channels)
+        make()(torch.empty(1, *shape), torch.zeros(1, dtype=torch.long), y)
+    return 3 * counter.get_total_flops()
+
+
+def compare(makers, config, shape, batch, device, repeats):
+    """Measure training steps of several networks in turns -> {name: figures}."""
+    data, figures = inputs(config, shape, batch, device), {}
+    tokens = batch * shape[1] * shape[2] * shape[3] // 4
+    models = {}
+    for name, make in makers.items():
+        models[name] = make().to(device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        training_step(models[name], data, device)  # compiles, chooses kernels
+        figures[name] = {"activation_gb": kept(models[name], data, device) / 1e9}
+        if device == "cuda":
+            figures[name]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            models[name].to("cpu") if len(makers) > 2 else None
+    times = {name: [] for name in makers}
+    for _ in range(repeats):
+        for name, model in models.items():
+            model.to(device)
+            times[name].append(training_step(model, data, device))
+            if device == "cuda" and len(makers) > 2:
+                model.zero_grad(), model.to("cpu")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        figures[name] |= {"seconds": median, "tokens_per_second": tokens / median}
+    del models
+    gc.collect()
+    return figures
+
+
+def table(title, figures, columns):
+    print(f"\n{title}\n| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for name, row in figures.items():
+        cells = [f"{row[c]:.4g}" if c in row else "" for c in columns]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def recomputing(make, selective=False):
+    def made():
+        model = make()
+        checkpoint_blocks(model, selective)
+        return model
+
+    return made
+
+
+def compiled(make):
+    def made():
+        model = make()
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)
+        return model
+
+    return made
+
+
+def on_cpu(device):
+    """Two layers of XL/2's width on 16 x 256 x 256; the toy; sampling of the toy."""
+    config = replace(MODELS["STDiT-XL/2"], depth=2)
+    shape, results = (4, 16, 32, 32), {}
+    ours, theirs = lambda: STDiT(config), lambda: latte(config, 16, 32)
+    makers = {"ours": ours, "diffusers' Latte": theirs}
+    figures = compare(makers, config, shape, 1, device, 7)
+    for name, make in makers.items():
+        figures[name]["tflop"] = flops(make, config, shape) / 1e12
+        figures[name]["tflop_per_second"] = figures[name]["tflop"] / figures[name]["seconds"]
+    a, b = figures["ours"], figures["diffusers' Latte"]
+    keys = "seconds", "activation_gb", "tflop"
+    figures["ratio"] = {k: a[k] / b[k] for k in keys}
+    columns = ["seconds", "tokens_per_second", "activation_gb", "tflop", "tflop_per_second"]
+    table("width 1152, depth 2, 16 x 256 x 256, fp32: forward and backward", figures, columns)
+    results["latte"] = figures
+
+    makers = {"all kept": ours, "recomputed": recomputing(ours),
+              "matrix products kept": recomputing(ours, True),
+              "full attention": lambda: STDiT(replace(config, variant="full"))}  # fmt: skip
+    figures = compare(makers, config, shape, 1, device, 3)
+    table("the same: what is kept, and the design `full`", figures, columns[:3])
+    results["kept"] = figures
+
+    config, shape = MODELS["toy"], (4, 8, 8, 8)
+    toy = lambda: STDiT(config)  # noqa: E731
+    figures = compare({"toy, batch 16": toy}, config, shape, 16, device, 20)
+    row = figures["toy, batch 16"]
+    row["films_per_second"] = 16 / row["seconds"]
+    row["tflop_per_second"] = 16 * flops(toy, config, shape) / 1e12 / row["seconds"]
+    model = toy().eval()
+    _, _, y = inputs(config, shape, 8, device)
+    mask, keys = torch.ones(y.shape[:2], dtype=torch.bool), [("speed", i) for i in range(8)]
+    start = time.perf_counter()
+    sample(model, y, mask, shape, keys, 20, 2.0, "dpm")
+    row["seconds_per_film_of_20_steps"] = (time.perf_counter() - start) / 8
+    table("the toy", figures, ["seconds", "films_per_second", "tokens_per_second",
+                               "tflop_per_second", "seconds_per_film_of_20_steps"])  # fmt: skip
+    return results | {"toy": figures}
+
+
+def on_cuda(device):
+    """v1's shapes with XL/2 in bf16, from random latents; and sampling."""
+    results, name = {}, torch.cuda.get_device_name()
+    peak = next((1e12 * v for k, v in PEAK.items() if k in name), float("nan"))
+    for preset, batch in (("16x256x256", 8), ("16x512x512", 1), ("64x512x512", 1)):
+        run = PRESETS[preset]
+        config, shape = MODELS["STDiT-XL/2"], latent_shape(run)
+        ours = lambda config=config: STDiT(config)  # noqa: E731
+        makers = {"recomputed": recomputing(ours), "compiled, recomputed":
+                  recomputing(compiled(ours)), "matrix products kept": recomputing(ours, True),
+                  "compiled, matrix products kept": recomputing(compiled(ours), True)}  # fmt: skip
+        if preset != "64x512x512":
+            makers |= {"all kept": ours, "compiled, all kept": compiled(ours)}
+            makers["diffusers' Latte"] = lambda c=config, s=shape: latte(c, s[1], s[2])
+        figures, cost = {}, Cost(run, Process(0, 1, "cpu"))
+        for title, make in makers.items():
+            try:
+                figures |= compare({title: make}, config, shape, batch, device, 5)
+            except torch.OutOfMemoryError:  # a figure too: it does not fit
+                figures[title] = {}
+                gc.collect(), torch.cuda.empty_cache()
+                continue
+            row = figures[title]
+            used = flops(make, config, shape) if "Latte" in title else cost.flops
+            row["share_of_peak"] = batch * used / row["seconds"] / peak
+        table(f"{preset}, batch {batch}, bf16, {name}", figures,
+              ["seconds", "tokens_per_second", "share_of_peak", "activation_gb", "peak_gb"])
+        results[preset] = figures
+        model = ours().to(device).eval()
+        _, _, y = inputs(config, shape, 1, device)
+        mask = torch.ones(y.shape[:2], dtype=torch.bool, device=device)
+        for sampler, steps in (("dpm", 20), ("ddpm", 100)):
+            start = time.perf_counter()
+            with torch.no_grad():
+                sample(model, y, mask, shape, [("speed", 0)], steps, 7.0, sampler)
+            wait(device)
+            results[preset][f"{steps} steps of {sampler}, guided"] = {
+                "seconds": time.perf_counter() - start}  # fmt: skip
+            print(f"{steps} steps of {sampler}: {time.perf_counter() - start:.1f} s")
+        del model
+    return results
+
+
+def one_step(device, depth, frames, size):
+    """One AdamW step of STDiT of XL/2's width, recomputed, with EMA; the process's largest memory
+    against the prediction.
+    """
+    run = replace(PRESETS["16x512x512"], frames=frames, size=size, checkpointing=True, device="cpu")
+    config, shape = replace(MODELS["STDiT-XL/2"], depth=depth), latent_shape(run)
+    model = STDiT(config).to(device)
+    predicted = predicted_memory(run, model, Process(0, run.batch_size, device))
+    checkpoint_blocks(model)
+    ema = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
+    start = time.perf_counter()
+    training_step(model, inputs(config, shape, 1, device), device)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    optimizer.step()
+    with torch.no_grad():
+        torch._foreach_lerp_(ema, [*model.parameters()], 1e-4)
+    wait(device)
+    seconds = time.perf_counter() - start
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+    tokens = frames * (size // 16) ** 2
+    return {f"depth {depth}, {frames}x{size}x{size}": {
+        "tokens": tokens, "seconds": seconds, "gradient_norm": norm, "peak_gb": peak,
+        "predicted_gb": predicted, "ratio": predicted / peak}}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--step", action="store_true", help="one whole step of XL/2 on the CPU")
+    parser.add_argument("--depth", type=int, default=28, help="... of so many blocks")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--size", type=int, default=512)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.step:
+        results = {"step": one_step("cpu", args.depth, args.frames, args.size)}
+        columns = ["tokens", "seconds", "gradient_norm", "peak_gb", "predicted_gb", "ratio"]
+        table("one AdamW step", results["step"], columns)
+    else:
+        results = on_cuda(device) if device == "cuda" else on_cpu(device)
+    path = Path(__file__).with_name("speed.json")
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if device == "cuda" else machine
+    for key, figures in results.items():
+        old = stored.get(key, {}).get("figures", {}) if key == "step" else {}
+        stored[key] = {"machine": machine, "torch": torch.__version__,
+                       "date": time.strftime("%Y-%m-%d"), "figures": old | figures}  # fmt: skip
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
