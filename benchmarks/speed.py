@@ -270,13 +270,43 @@ def one_step(device, depth, frames, size):
         "predicted_gb": predicted, "ratio": predicted / peak}}  # fmt: skip
 
 
+def project(share, link=50e9, gpus=(8, 64, 512)):
+    """v1's stages on many GPUs, worked out, not measured: compute at a share of an H100's peak;
+    gradients, 4 bytes a weight, in a ring over links of 400 Gb/s = 50 GB/s a GPU, at worst after
+    the backward pass, at best hidden behind it; the cache's 2 bytes a number, all captions full.
+    """
+    figures, weights = {}, 759_620_768
+    for name in ("16x256x256", "16x256x256-hq", "16x512x512", "64x512x512"):
+        run = PRESETS[name]
+        cost, config = Cost(run, Process(0, 1, "cpu")), MODELS[run.model]
+        _, T, h, w = shape = latent_shape(run)
+        numbers = shape[0] * T * h * w + config.caption_length * config.caption_channels
+        for n in gpus:
+            clips = run.batch_size / n  # of each GPU; below 1, --sp shares clips
+            compute = clips * cost.flops / (share * 1e12 * PEAK["H100"])
+            reduce = 2 * (n - 1) / n * 4 * weights / link
+            figures[f"{name}, {n} GPUs"] = {
+                "clips a GPU": clips, "compute s": compute, "all-reduce s": reduce,
+                "days, hidden": run.steps * max(compute, reduce) / 86400,
+                "days, after": run.steps * (compute + reduce) / 86400,
+                "cache GB/s in all": run.batch_size * 2 * numbers / max(compute, reduce) / 1e9,
+            }  # fmt: skip
+    table(f"projection at {share:.0%} of the peak: calculated, not measured", figures,
+          [*next(iter(figures.values()))])  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--step", action="store_true", help="one whole step of XL/2 on the CPU")
     parser.add_argument("--depth", type=int, default=28, help="... of so many blocks")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--project", type=float, metavar="SHARE",
+                        help="work out v1's stages on many GPUs, at this share of the peak")
     args = parser.parse_args()
+    if args.project:
+        project(args.project)
+        return
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.step:
