@@ -452,6 +452,7 @@ class Clips:
         reasons = known or look_through(rows, check)
         self.known, numbered = reasons, list(enumerate(zip(rows, reasons)))
         self.rows = [(n, *row) for n, (row, reason) in numbered if not reason]
+        self.numbers = [n for n, _, _ in self.rows]
         self.skipped = [{"row": n, "path": row[0].name, "reason": reason}
                         for n, (row, reason) in numbered if reason]  # fmt: skip
         for n, (row, reason) in numbered if not known else ():
@@ -1009,9 +1010,12 @@ class LatentCache:
         except (KeyError, TypeError) as error:
             raise BadInput(f"{self.folder}/index.json lacks {error}: {AGAIN}") from None
         self.places = [(path, i) for path, n, _ in self.shards for i in range(n)]
+        self.numbers = []  # of each sample's clip in the list that the cache was made from
         for path, n, _ in self.shards:  # headers alone: what was cut off is found before training
-            require(len(open_shard(path)[1]) == n,
+            samples = open_shard(path)[1]
+            require(len(samples) == n,
                     f"{path} does not hold the {n} samples that the index says: {AGAIN}")
+            self.numbers += [sample["row"] for sample in samples]
 
     def __len__(self):
         return len(self.places)

@@ -388,7 +388,8 @@ def parse_command_line():
     )
     add = parser.add_argument
     add("--run", help="run folder of train.py: its averaged weights, model, encoders and sizes")
-    add("--weights", help="other weights: a file, folder, Hub name or Hub name/file")
+    add("--weights", help="a run (under torchrun, which takes --run for its own), or other weights:"
+                          " a file, folder, Hub name or Hub name/file")  # fmt: skip
     add("--model", help=f"what the weights are ({', '.join(MODELS)}); default: STDiT-XL/2")
     add("--variant", choices=VARIANTS, help="their design; default: sequential")
     add("--vae", help="folder or Hub name; default: the run's")

@@ -428,9 +428,11 @@ def open_data(config, process):
         folder = process.share(lambda: prepare_toy(config, encoders))
         paths = folder / "cache_train", folder / "cache_held_out"
     source = held_source = open_source(paths[0], config, process)
-    order = permutation(config.seed, len(source), "split")
-    k = min(len(source) // 20, 64)
-    rows, held_rows = sorted(order[k:]), sorted(order[:k])
+    clips = list(dict.fromkeys(source.numbers))  # a cache may have several samples of a clip
+    k = min(len(clips) // 20, 64)
+    held = {clips[i] for i in permutation(config.seed, len(clips), "split")[:k]}
+    held_rows = [row for row, number in enumerate(source.numbers) if number in held]
+    rows = [row for row, number in enumerate(source.numbers) if number not in held]
     if paths[1]:
         held_source = open_source(paths[1], config, process)
         rows, held_rows = range(len(source)), range(len(held_source))

@@ -461,7 +461,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_spans_flips_widths_rates_and_types(folder, encoders, tmp_path):
+def test_spans_flips_widths_rates_and_types(folder, encoders, tmp_path, monkeypatch):
     make = lambda name, **more: data.write_cache(  # noqa: E731
         folder, tmp_path / name, *encoders, 4, 1, 32, width=48, **more
     )
@@ -471,6 +471,13 @@ def test_spans_flips_widths_rates_and_types(folder, encoders, tmp_path):
     assert one.text(5) == three.text(15) == three.text(17)
     assert_close(three[15, 0]["latents"], one[5, 0]["latents"], 0.04, "bf16, of values up to 5")
     assert (three[15, 0]["latents"] - three[16, 0]["latents"]).abs().max() > 0.1
+    many = data.write_cache(folder, tmp_path / "many", *encoders, 4, 1, 32, spans=2)
+    config = train.TrainConfig(data=str(many.folder), frames=4, size=32, out=str(tmp_path / "run"))
+    monkeypatch.setattr(train, "permutation", lambda *_: list(range(10)))
+    monkeypatch.setattr(train, "min", lambda *_: 2, raising=False)
+    stream, held, _ = train.open_data(config, train.Process(0, 1, "cpu"))
+    numbers = [{many.numbers[row] for row in part.rows} for part in (stream, held)]
+    assert numbers == [set(range(2, 10)), {0, 1}]  # whole clips are held out, not samples of them
     flipped = make("flipped", flip=True)
     clips = data.Clips(folder, 4, 1, 32, 0, width=48, flip=True)
     plain = data.Clips(folder, 4, 1, 32, 0, width=48)

@@ -129,7 +129,7 @@ def test_training_with_shared_films_gives_the_numbers_of_one_process(
 
 def test_a_film_sampled_by_two_processes_is_that_of_one(config, tmp_path, monkeypatch):
     train.train(replace(config, steps=2, films=0))
-    argv = ["--run", config.out, "--prompt", "a red circle moving left", "--steps", "3"]
+    argv = ["--weights", config.out, "--prompt", "a red circle moving left", "--steps", "3"]
     done = torchrun(2, ROOT / "sample.py", *argv, "--sp", "2", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("sheet.png") == 1  # the first process alone writes and tells
