@@ -116,7 +116,7 @@ def test_training_with_shared_films_gives_the_numbers_of_one_process(
     are those of the global batch, so also held-out losses and films agree.
     """
     if sp == 2 and processes == 2:
-        config = replace(config, steps=8, eval_every=4, film_every=8, save_every=8)
+        config = replace(config, steps=4, eval_every=4, film_every=4, save_every=4)
     shared = replace(config, out=config.out + "2", sp=sp, micro_batch=micro_batch)
     process = launch(shared, processes)
     _, errors = process.communicate(timeout=300)
