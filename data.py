@@ -18,6 +18,7 @@ Shapes, in this file:
 
 import argparse
 import csv
+import glob
 import hashlib
 import html
 import json
@@ -30,7 +31,8 @@ import sys
 import time
 import zlib
 from bisect import bisect_right
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -62,7 +64,8 @@ def command(main, *more):
     except (BadInput, *more) as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         # from a data worker it comes with a traceback
-        message = str(error).splitlines()[-1].removeprefix("data.BadInput: ")
+        message = (str(error) or type(error).__name__).splitlines()[-1]
+        message = message.removeprefix("data.BadInput: ")
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -236,7 +239,7 @@ def set_up_process(device, sp=1):
         return Process(rank, world, device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     # Patient: the others wait here while the first makes the toy, or reads or writes large weights.
-    group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     shape, names = (world // sp, sp), ("data", "sequence")
     mesh = init_device_mesh(device.split(":")[0], shape, mesh_dim_names=names)
     return Process(rank, world, device, group, sp, mesh["sequence"].get_group() if sp > 1 else None)
@@ -252,7 +255,7 @@ def set_up_process(device, sp=1):
 # wanted and stops at the last. An image is a video of one frame.
 
 LARGEST = 8192 * 8192  # pixels; a file that declares more is damaged, or would fill the memory
-NOT_CLIPS = {".txt", ".csv", ".json"}  # what else may lie in a folder of clips
+NOT_CLIPS = {".txt", ".csv", ".json", ".jsonl", ".parquet", ".md", ".srt", ".vtt"}  # beside them
 
 
 class BadClip(Exception):
@@ -279,10 +282,10 @@ def read_table(source, columns=("path", "text")):
 def read_folder(folder):
     """Everything in a folder, and in those inside it, that may be a clip; captions lie beside."""
     rows = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # but what is hidden
+        path = folder / name
         inner = path.is_dir() and not str(mimetypes.guess_type(path)[0]).startswith("video/")
-        if not (hidden or inner or path.suffix.lower() in NOT_CLIPS):
+        if not inner and path.suffix.lower() not in NOT_CLIPS:
             beside = path.with_suffix(".txt")
             text = beside.read_text("utf-8", "replace") if beside.is_file() else ""
             rows.append((path, " ".join(text.split())))
@@ -291,32 +294,42 @@ def read_folder(folder):
 
 def read_csv(path, columns):
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
-        reader = csv.DictReader(file)
+        reader, rows = csv.DictReader(file), []
         missing = sorted(set(columns) - set(reader.fieldnames or ()))
         require(not missing, f"{path}: no column {' and no column '.join(missing)}; found "
                 f"{reader.fieldnames or 'nothing'}, expected a header line path,text")  # fmt: skip
-        return [(path.parent / row["path"], (row.get("text") or "").strip()) for row in reader]
+        for row in reader:
+            require(row["path"] and None not in row,
+                    f"{path}, line {reader.line_num}: found {list(row.values())}, expected "
+                    f"{','.join(reader.fieldnames)}; put a text with commas into quotes")
+            rows.append((path.parent / row["path"], " ".join((row.get("text") or "").split())))
+        return rows
 
 
 def open_video(path):
-    """Open a video or image -> (container, its first video stream), or BadClip."""
+    """Open a video or image -> (container, its video stream), or BadClip."""
     import av
 
-    path = Path(path)
-    if path.is_dir() or not path.exists() or path.stat().st_size == 0:
-        raise BadClip("is a directory" if path.is_dir() else
-                      "is empty" if path.exists() else "is not there")  # fmt: skip
+    path = Path(path).absolute()  # else a colon in its name would be taken for a protocol
     try:
-        container = av.open(str(path))
+        if path.is_dir() or path.stat().st_size == 0:
+            raise BadClip("is a directory" if path.is_dir() else "is empty")
+        container = av.open(str(path), metadata_errors="replace")
+    except FileNotFoundError:
+        raise BadClip("is not there") from None
     except (av.FFmpegError, OSError) as error:
         raise BadClip(f"can't be opened: {error.strerror}") from None
-    streams = container.streams.video
-    size = [(v.codec_context.width, v.codec_context.height) for v in streams[:1]]
-    if not size or not 0 < math.prod(size[0]) <= LARGEST:
+    stream = container.streams.best("video")
+    coder = stream and stream.codec_context
+    width, height = (coder.width, coder.height) if coder else (1, 1)
+    if not coder or not 0 < width * height <= LARGEST:
         container.close()
-        raise BadClip("has no video stream" if not size else "holds no picture" if 0 in size[0] else
-                      "declares a picture of {} x {} pixels".format(*size[0]))  # fmt: skip
-    return container, streams[0]
+        raise BadClip("has no video stream" if not stream else
+                      "is in a code that FFmpeg does not know" if not coder else
+                      f"declares a picture of {width} x {height} pixels"
+                      if width * height else "holds no picture")  # fmt: skip
+    coder.thread_count = 1  # several clips are read at once
+    return container, stream
 
 
 def frame_times(path):
@@ -326,15 +339,19 @@ def frame_times(path):
     container, stream = open_video(path)
     with container:
         try:
-            packets = [p for p in container.demux(stream) if p.size]
+            packets = [(p.pts, p.duration or 0, p.is_discard)  # and not p, which holds the data
+                       for p in container.demux(stream) if p.size]  # fmt: skip
         except av.FFmpegError as error:
             raise BadClip(f"can't be read: {error.strerror}") from None
-        if stream.frames > len(packets):
-            raise BadClip(f"was cut off: {len(packets)} of its {stream.frames} frames are there")
-        if any(p.pts is None for p in packets):
+        if any(pts is None for pts, _, _ in packets):
             raise BadClip("does not say when its frames are shown; put it into another container: "
                           "ffmpeg -i FILE -c copy FILE.mp4")  # fmt: skip
-        return sorted({p.pts for p in packets if not p.is_discard}), float(stream.time_base)
+        end = max((pts + duration for pts, duration, _ in packets), default=0)
+        whole = (stream.start_time or 0) + (stream.duration or 0)
+        if stream.frames > len(packets) and end < 0.98 * whole:
+            raise BadClip(f"was cut off: {len(packets)} of its {stream.frames} frames are there")
+        times = sorted({pts for pts, _, discard in packets if not discard})
+        return times, float(stream.time_base)
 
 
 def first_frames(times, unit, frames, stride, fps):
@@ -377,7 +394,7 @@ def decode(path, wanted, change=lambda frame: frame):
                         missing.remove(frame.pts)
                         if not missing:
                             return torch.stack([found[t] for t in wanted])
-                    elif not found and frame.pts is not None and frame.pts > wanted[0]:
+                    elif frame.pts is not None and frame.pts > wanted[-1 if found else 0]:
                         break
             except av.FFmpegError as error:
                 raise BadClip(f"can't be decoded: {error.strerror}") from None
@@ -402,17 +419,15 @@ def read_frames(path, frames, stride=1, generator=None, fps=0, change=lambda fra
 
 
 def fit(frames, height, width):
-    """Resize until height x width is just covered, then cut out the centre. uint8 [..., 3, H, W],
-    antialiased.
+    """Cut out the largest part of height : width from the centre, and resize it, antialiased.
+    uint8 [..., 3, H, W] -> [..., 3, height, width].
     """
     from torchvision.transforms.v2 import functional as tv
 
     H, W = frames.shape[-2:]
-    scale = max(height / H, width / W)
-    if scale != 1:
-        size = [max(height, round(H * scale)), max(width, round(W * scale))]
-        frames = tv.resize(frames, size, antialias=True)
-    return tv.center_crop(frames, [height, width])
+    scale = min(H / height, W / width)
+    frames = tv.center_crop(frames, [round(height * scale), round(width * scale)])
+    return tv.resize(frames, [height, width], antialias=True)
 
 
 def why_unusable(row, frames, stride, fps):
@@ -441,23 +456,18 @@ class Clips:
     """
 
     def __init__(self, source, frames, stride, size, seed, max_bad=0.5, *, width=0, fps=0,
-                 flip=False, clean=False, known=None):  # fmt: skip
-        rows = read_table(source)
+                 flip=False, clean=False, known=None, limit=None):  # fmt: skip
+        rows = read_table(source)[:limit]
         if clean:
             rows = [(path, clean_caption(text)) for path, text in rows]
         self.frames, self.stride, self.fps, self.flip = frames, stride, fps, flip
-        self.height, self.width, self.seed, self.count = size, width or size, seed, len(rows)
+        self.height, self.width, self.seed, self.listed = size, width or size, seed, len(rows)
         self.identity = identity(source, rows)
-        check = partial(why_unusable, frames=frames, stride=stride, fps=fps)
-        reasons = known or look_through(rows, check)
-        self.known, numbered = reasons, list(enumerate(zip(rows, reasons)))
-        self.rows = [(n, *row) for n, (row, reason) in numbered if not reason]
+        reasons = known or look_through(rows, frames, stride, fps)
+        self.rows = [(n, *rows[n]) for n, reason in enumerate(reasons) if not reason]
         self.numbers = [n for n, _, _ in self.rows]
-        self.skipped = [{"row": n, "path": row[0].name, "reason": reason}
-                        for n, (row, reason) in numbered if reason]  # fmt: skip
-        for n, (row, reason) in numbered if not known else ():
-            if reason:
-                warn(f"{row[0]} {reason}; skipped")
+        self.skipped = [{"row": n, "path": rows[n][0].name, "reason": reason}
+                        for n, reason in enumerate(reasons) if reason]  # fmt: skip
         bad = f"{source}: {len(self.skipped)} of {len(rows)} clips can't be used"
         require(self.rows and len(self.skipped) <= max_bad * len(rows),
                 f"{bad}, more than the share max_bad={max_bad}; mend the list, or ask for fewer "
@@ -489,13 +499,32 @@ def identity(source, rows):
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
 
 
-def look_through(rows, check):
-    """What check says of each row; of many rows in as many processes as there are CPUs."""
-    if len(rows) < 512:
-        return [check(row) for row in progress(rows, "looking through clips")]
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.map(check, rows, chunksize=16)
-        return list(progress(found, "looking through clips", len(rows)))
+def look_through(rows, frames, stride, fps, process=Process(0, 1, "cpu")):
+    """why_unusable of all rows, on each process; each takes its part, and many rows in as many
+    processes of its own as it has CPUs. Names what can't be used.
+    """
+    mine, found = process.mine(rows), []
+    check = partial(why_unusable, frames=frames, stride=stride, fps=fps)
+    if len(mine) < 512:
+        found = [check(row) for row in progress(mine, "looking through clips")]
+    else:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        spawn = multiprocessing.get_context("spawn")
+        try:
+            with ProcessPoolExecutor(cpus, spawn) as pool:
+                checked = pool.map(check, mine, chunksize=16)
+                for reason in progress(checked, "looking through clips", len(mine)):
+                    found.append(reason)
+        except BrokenProcessPool:
+            path = mine[len(found)][0]
+            raise BadInput(f"a process that looked through {path}, or one of the next {16 * cpus} "
+                           "clips, was killed: too little memory, or a file that breaks FFmpeg; "
+                           "take it out of the list") from None  # fmt: skip
+    for (path, _), reason in zip(mine, found):
+        if reason:
+            warn(f"{path} {reason}; skipped")
+    everything = process.gather(found)
+    return process.share(lambda: everything)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -588,7 +617,7 @@ QUESTION = (
 
 def clean_caption(text):
     """A caption without what says nothing about the film; lower case, as v1 has it."""
-    text = html.unescape(html.unescape(text)).lower()
+    text = html.unescape(html.unescape(text[:2000])).lower()  # no caption is longer
     for pattern, instead in CLEANING:
         text = re.sub(pattern, instead, text)
     return text
@@ -596,16 +625,18 @@ def clean_caption(text):
 
 def write_captions(source, llava, device, overwrite=False, batch_size=8, question=QUESTION):
     """Ask LLaVA (a folder or Hub name) about every clip of a folder or CSV that has no caption, or
-    about all -> how many were described. They are written after every batch, into the .txt beside
-    the clip or the CSV's column text; run again, it goes on.
+    about all -> how many were described. They are written into the .txt beside the clip after every
+    batch, or into the CSV's column text once a minute; run again, without overwrite, it goes on.
     """
+    require(int(os.environ.get("WORLD_SIZE", 1)) == 1,
+            "captions are made by one process: start one, or one for each part of the list")
     rows = read_table(source, columns=("path",))
     todo = [i for i, (_, text) in enumerate(rows) if overwrite or not text]
     if not todo:
         return 0
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = usual_dtype(device)
     processor = load_frozen(AutoProcessor.from_pretrained, llava, "")
     model = load_frozen(AutoModelForImageTextToText.from_pretrained, llava, "", dtype=dtype)
     model, processor.tokenizer.padding_side = model.to(device), "left"  # answers begin together
@@ -614,7 +645,7 @@ def write_captions(source, llava, device, overwrite=False, batch_size=8, questio
         content = [{"type": "image"}] * 3 + [{"type": "text", "text": question}]
         talk = [{"role": "user", "content": content}]
         prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
-    described, new = 0, {}
+    described, new, saved = 0, {}, time.time()
     parts = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     for part in progress(parts, f"describing {source}, batches of {batch_size}"):
         pictures = {}
@@ -630,12 +661,16 @@ def write_captions(source, llava, device, overwrite=False, batch_size=8, questio
         inputs = processor(text=[prompt] * len(pictures), images=list(pictures.values()),
                            padding=True, return_tensors="pt").to(device, dtype)  # fmt: skip
         with torch.no_grad():
-            answers = model.generate(**inputs, do_sample=False, max_new_tokens=110)
+            answers = model.generate(**inputs, do_sample=False, max_new_tokens=200)
         answers = processor.batch_decode(answers[:, inputs["input_ids"].shape[1] :],
                                          skip_special_tokens=True)  # fmt: skip
-        new |= {i: " ".join(answer.split()) for i, answer in zip(pictures, answers)}
+        for i, answer in zip(pictures, answers):  # without the sentence that was cut off
+            new[i] = " ".join(re.sub(r"([.!?])[^.!?]*$", r"\1", answer).split())
         described += len(pictures)
-        save_captions(source, rows, new)
+        if Path(source).is_dir() or time.time() > saved + 60:
+            save_captions(source, rows, new)
+            saved = time.time()
+    save_captions(source, rows, new)
     return described
 
 
@@ -869,55 +904,66 @@ def write_cache(source, out, vae, t5, frames, stride, size, seed=0, max_bad=0.5,
     -> LatentCache. Interrupted, it goes on. Of several processes, each makes its share of the
     shards. options: of Clips (width, fps, flip, clean).
     """
-    width, unit = options.setdefault("width", 0) or size, vae.factor
-    require(frames > 0 and stride > 0 and spans > 0 and size >= unit and size % unit == 0 ==
-            width % unit, f"frames={frames}, stride={stride}, spans={spans}, size={size}, "
-            f"width={width}: expected 1 or more of the first three, and height and width that "
-            f"divide by the VAE's factor {unit}")  # fmt: skip
-    out = Path(out)
-    settings = {
-        "table": identity(source, read_table(source)), "frames": frames, "stride": stride,
-        "size": size, "width": width, "fps": 0, "flip": False, "clean": False, "spans": spans,
-        "dtype": str(dtype), "seed": seed, "vae": vae.fingerprint, "t5": t5.fingerprint,
-        "caption_length": t5.length,
-    } | {k: v for k, v in options.items() if k != "width"}  # fmt: skip
+    out, width = Path(out), options.get("width") or size
+    check_view(frames, stride, size, width, vae.factor)
+    require(spans > 0, f"spans={spans}: expected 1 or more")
 
-    def look():  # through all clips; what was found is kept, for files may come and go
+    def begin():  # what a first look found is kept, for files may come and go
+        settings, looked = {
+            "clips and captions": identity(source, read_table(source)), "frames": frames,
+            "stride": stride, "size": size, "fps": 0, "flip": False, "clean": False, "spans": spans,
+            "dtype": str(dtype), "seed": seed, "vae": vae.fingerprint, "t5": t5.fingerprint,
+            "caption_length": t5.length,
+        } | options | {"width": width}, out / "looked_through.json"  # fmt: skip
         check_settings(out, settings)
-        looked, known = out / "looked_through.json", None
-        if looked.exists():
-            known = read_json(looked, f"delete {out} and make it again")
-        clips = Clips(source, frames, stride, size, seed, max_bad, known=known, **options)
         write_json(out / "settings.json", settings)
-        write_json(looked, clips.known)
-        return clips
+        known = read_json(looked, f"delete {out} and make it again") if looked.exists() else None
+        return settings, known, (out / "index.json").exists()
 
-    if process.share(lambda: (out / "index.json").exists() and not check_settings(out, settings)):
+    settings, known, done = process.share(begin)
+    if done:
         return LatentCache(out)
-    clips = process.share(look)
+    if not known:
+        rows = process.share(lambda: read_table(source))
+        if settings["clean"]:
+            rows = [(path, clean_caption(text)) for path, text in rows]
+        known = look_through(rows, frames, stride, settings["fps"], process)
+        process.share(lambda: write_json(out / "looked_through.json", known))
+    clips = process.share(lambda: Clips(source, frames, stride, size, seed, max_bad, known=known,
+                                        **options))  # fmt: skip
     samples = [(row, span) for row in range(len(clips)) for span in range(spans)]
     shards = [(out / f"shard_{i // SHARD:05d}.safetensors", samples[i : i + SHARD])
               for i in range(0, len(samples), SHARD)]  # fmt: skip
-    mine = [shard for shard in shards[process.rank :: process.world] if not shard[0].exists()]
-    for path, part in progress(mine, f"encoding {source}, shards of {SHARD}"):
+    mine = shards[process.rank :: process.world]
+    todo = [shard for shard in mine if not shard[0].exists()]
+    for path, part in progress(todo, f"encoding {source}, shards of {SHARD}"):
         write_shard(path, clips, part, vae, t5, dtype)
-    process.sum([0])  # all have to be there
+    # the first process knows them all when all have made theirs
+    hashes = dict(process.gather([(path, sha256_of(path)) for path, _ in mine]))
 
     def index():
         read = [(path, *open_shard(str(path))[1:]) for path, _ in shards]
-        skipped = clips.skipped + [bad for _, _, skipped in read for bad in skipped]
-        require(len(skipped) <= max_bad * clips.count,
-                f"{source}: {len(skipped)} of {clips.count} clips can't be used, more than the "
+        late = {bad["row"]: bad for _, _, skipped in read for bad in skipped}  # once, of all spans
+        skipped = clips.skipped + list(late.values())
+        require(len(skipped) <= max_bad * clips.listed,
+                f"{source}: {len(skipped)} of {clips.listed} clips can't be used, more than the "
                 f"share max_bad={max_bad}; mend the list")  # fmt: skip
         write_json(out / "index.json", {
             "settings": settings, "skipped": skipped, "latent_channels": vae.channels,
             "caption_channels": t5.channels, "vae": vae.source, "t5": t5.source,
-            "shards": [{"file": path.name, "samples": len(made), "sha256": sha256_of(path)}
+            "shards": [{"file": path.name, "samples": len(made), "sha256": hashes[path]}
                        for path, made, _ in read],
         })  # fmt: skip
 
     process.share(index)
     return LatentCache(out)
+
+
+def check_view(frames, stride, size, width, unit):
+    """BadInput where films of this shape can't be; unit: the VAE's factor."""
+    require(frames > 0 and stride > 0, f"frames={frames}, stride={stride}: expected 1 or more")
+    require(min(size, width) > 0 and size % unit == width % unit == 0,
+            f"size={size}, width={width}: expected multiples of the VAE's factor {unit}")
 
 
 def check_settings(out, settings):
@@ -939,20 +985,23 @@ def write_shard(path, clips, samples, vae, t5, dtype=torch.float16, batch_size=8
     out.
     """
     tensors, made, skipped = {}, [], {}
-    for part in (samples[i : i + batch_size] for i in range(0, len(samples), batch_size)):
-        batch, keys = [], []
-        for row, span in part:
-            number, file, _ = clips.rows[row]  # the clip's place in the list keys its draws
-            key = number + span * clips.count
-            try:
-                if number not in skipped:
-                    batch.append(clips[row, key])
-                    keys.append((key, number))
-            except BadClip as error:
-                skipped[number] = {"row": number, "path": file.name, "reason": str(error)}
+
+    def read(sample):
+        row, span = sample
+        number, file, _ = clips.rows[row]  # the clip's place in the list keys its draws
+        try:
+            key = number + span * clips.listed
+            return clips[row, key], key, number
+        except BadClip as error:
+            if number not in skipped:
                 warn(f"{file} {error}; skipped")
-        if not batch:
-            continue
+            skipped[number] = {"row": number, "path": file.name, "reason": str(error)}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # FFmpeg needs no lock of Python's
+        found = list(pool.map(read, samples))  # as uint8: 50 MB for 64 frames of 512x512
+    found = [one for one in found if one and one[2] not in skipped]
+    for part in (found[i : i + batch_size] for i in range(0, len(found), batch_size)):
+        batch, keys = [sample for sample, _, _ in part], [one[1:] for one in part]
         generators = [keyed_generator(clips.seed, "posterior", key) for key, _ in keys]
         batch = torch.utils.data.default_collate(batch)
         latents, y, mask = encode_batch(batch, vae, t5, generators)
@@ -962,8 +1011,8 @@ def write_shard(path, clips, samples, vae, t5, dtype=torch.float16, batch_size=8
             tensors |= {f"{len(made)}.{name}": value for name, value in sample.items()}
             made.append({"row": number, "text": batch["text"][j], "crc": checksum(sample)})
     # One entry: safetensors writes several in an order that changes from call to call.
-    metadata = {"index": json.dumps({"samples": made, "skipped": list(skipped.values())})}
-    write_whole(path, lambda p: save_file(tensors, p, metadata))
+    index = {"samples": made, "skipped": [skipped[number] for number in sorted(skipped)]}
+    write_whole(path, lambda p: save_file(tensors, p, {"index": json.dumps(index)}))
 
 
 def checksum(sample):
@@ -1045,7 +1094,7 @@ class LatentCache:
 
 def is_cache(path):
     """Whether a folder is, or was to become, a cache; else it is a folder of clips."""
-    return (Path(path) / "index.json").exists() or (Path(path) / "settings.json").exists()
+    return any((Path(path) / name).exists() for name in ("index.json", "looked_through.json"))
 
 
 def show(source, out, vae, count, frames, stride, size, seed, **options):
@@ -1053,6 +1102,7 @@ def show(source, out, vae, count, frames, stride, size, seed, **options):
     what is left of it after the VAE, below; of a cache, which has no frames any more, the latter
     alone -> captions.
     """
+    require(count > 0, f"count={count}: expected 1 or more")
     if is_cache(source):
         cache = LatentCache(source)
         rows = range(min(count, len(cache)))
@@ -1060,7 +1110,9 @@ def show(source, out, vae, count, frames, stride, size, seed, **options):
         seen = [to_uint8(vae.decode(cache[row, 0]["latents"][None])[0].transpose(0, 1))
                 for row in rows]  # fmt: skip
     else:
-        clips, seen, texts = Clips(source, frames, stride, size, seed, 1.0, **options), [], []
+        check_view(frames, stride, size, options.get("width") or size, vae.factor)
+        clips = Clips(source, frames, stride, size, seed, 1.0, limit=4 * count, **options)
+        seen, texts = [], []
         for row in range(min(count, len(clips))):
             try:
                 sample = clips[row, clips.rows[row][0]]
@@ -1278,7 +1330,7 @@ def parse_command_line():
         add("--fps", type=float, default=0.0, help="frames per second, in place of the stride")
         add("--flip", action="store_true", help="mirror half of all clips (captions say left)")
         add("--no-clean", action="store_true", help="take captions as they are")
-        add("--vae", default="assets/vae", help="folder or Hub name of an AutoencoderKL")
+        add("--vae", help="folder or Hub name of an AutoencoderKL; default: the cache's or toy's")
     show.add_argument("--count", type=int, default=6, help="clips to show")
     toy.add_argument("--clips", type=int, default=2048, help="training films")
     add = caption.add_argument
@@ -1317,13 +1369,15 @@ def main():
     view = args.frames, args.stride, args.size, args.seed
     options = {"width": args.width, "fps": args.fps, "flip": args.flip, "clean": not args.no_clean}
     if args.command == "show":
-        vae = VAE(args.vae, pick_device(args.device))
+        own = LatentCache(args.source).vae if is_cache(args.source) else "assets/vae"
+        vae = VAE(args.vae or own, pick_device(args.device))
         texts = show(args.source, args.out, vae, args.count, *view, **options)
         print(f"{args.out}/show.png and show.gif: {len(texts)} clips")
         return
     process = set_up_process(args.device)
     process.share(lambda: read_table(args.source))  # complain before loading encoders
-    vae, t5 = VAE(args.vae, process.device), T5(args.t5, args.caption_length, process.device)
+    vae = VAE(args.vae or "assets/vae", process.device)
+    t5 = T5(args.t5, args.caption_length, process.device)
     options |= {"spans": args.spans, "dtype": getattr(torch, args.dtype), "process": process}
     made = write_cache(args.source, args.out, vae, t5, *view, args.max_bad, **options)
     size = sum(Path(path).stat().st_size for path, _, _ in made.shards)

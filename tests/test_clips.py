@@ -26,7 +26,8 @@ import train
 
 QUIET = {"x265-params": "log-level=none"}
 KINDS = {  # file: (how it is encoded, mean error in its flat parts)
-    "h264.mp4": (dict(bf=2), 3), "hevc.mp4": (dict(codec="libx265", **QUIET), 3),
+    "h264.mp4": (dict(bf=2), 3), "prores.mov": (dict(codec="prores_ks", pix_fmt="yuv422p10le"), 3),
+    "hevc.mp4": (dict(codec="libx265", **QUIET), 3),
     "ten_bit.mp4": (dict(codec="libx265", pix_fmt="yuv420p10le", **QUIET), 3),
     "av1.mp4": (dict(codec="libsvtav1", preset=12), 6),
     "vp9.webm": (dict(codec="libvpx-vp9", deadline="realtime"), 4),
@@ -217,6 +218,31 @@ def test_long_clips_are_decoded_from_the_keyframe_before(tmp_path, monkeypatch):
 # --- folders, and what is wrong with files
 
 
+def test_hostile_files_are_refused_or_read(tmp_path):
+    """A title that is no UTF-8, a name with a colon, a code that FFmpeg does not know."""
+    latin = encode(tmp_path / "Intro: part.mp4", drawing(6), container={"title": "x"})
+    content = encode(tmp_path / "a.avi", drawing(6), codec="mpeg4").read_bytes()
+    assert data.read_frames(latin, 6).shape[0] == 6
+    (tmp_path / "a.avi").write_bytes(content.replace(b"FMP4", b"Q?Z9"))
+    with pytest.raises(data.BadClip):
+        data.read_frames(tmp_path / "a.avi", 6)
+    import av
+
+    with av.open(str(tmp_path / "title.mkv"), "w") as file:
+        file.metadata["title"] = "Caf!"
+        stream = file.add_stream("libx264", rate=24)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for image in drawing(6).permute(0, 2, 3, 1).contiguous().numpy():
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+    content = (tmp_path / "title.mkv").read_bytes()
+    assert b"Caf!" in content
+    (tmp_path / "title.mkv").write_bytes(content.replace(b"Caf!", b"Caf\xe9"))
+    assert data.read_frames(tmp_path / "title.mkv", 6).shape[0] == 6
+    with pytest.raises(data.BadClip, match="can't be opened: File name too long"):
+        data.read_frames(tmp_path / ("a caption in place of a path " * 12), 6)
+
+
 def test_a_folder_is_a_data_set(tmp_path, capsys):
     (tmp_path / "more").mkdir()
     for name in ("b.mp4", "more/a.mkv", "silent.mp4", ".hidden.mp4"):
@@ -383,9 +409,14 @@ def llava(tmp_path_factory):
         unk_token="<unk>", additional_special_tokens=["<image>"],
     )  # fmt: skip
     size = {"height": 28, "width": 28}
+    template = (
+        "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}ASSISTANT:{% endfor %}"
+    )
     images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size)
     LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
-                   num_additional_image_tokens=1).save_pretrained(folder)  # fmt: skip
+                   num_additional_image_tokens=1,
+                   chat_template=template).save_pretrained(folder)  # fmt: skip
     torch.manual_seed(0)
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                               num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
@@ -394,7 +425,9 @@ def llava(tmp_path_factory):
                        max_position_embeddings=512)  # fmt: skip
     config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=-1,
                          image_token_id=vocabulary["<image>"])  # fmt: skip
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.suppress_tokens = list(range(5))  # it answers with words alone
+    model.save_pretrained(folder)
     return folder
 
 
@@ -444,6 +477,8 @@ def test_captions_go_beside_the_clips_of_a_folder_and_an_interrupted_run_goes_on
     assert [p.name for p in tmp_path.glob("*.txt")] == ["0.txt"]
     assert data.write_captions(tmp_path, llava, "cpu", batch_size=1) == 2
     assert len(list(tmp_path.glob("*.txt"))) == 3
+    (llava / "chat_template.jinja").unlink()  # older checkpoints bring none
+    assert data.write_captions(tmp_path, llava, "cpu", overwrite=True) == 3
     with pytest.raises(data.BadInput, match="nowhere/llava"):
         data.write_captions(tmp_path, "nowhere/llava", "cpu", overwrite=True)
 

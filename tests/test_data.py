@@ -97,6 +97,8 @@ def test_short_missing_and_broken_clips_are_named_and_left_out(tmp_path, capsys)
     (None, "is not there"), ("", "no column path and no column text"),
     ("path,caption\na.mp4,b\n", "no column text"),
     ("path,text\n", "lists no clip"),
+    ("path,text\na.mp4,red, blue\n", "line 2: found .* put a text with commas into quotes"),
+    ("text,path\na\n", "line 2: found"),
 ])  # fmt: skip
 def test_bad_tables_get_one_clear_line(tmp_path, content, message):
     if content is not None:
