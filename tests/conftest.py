@@ -77,9 +77,9 @@ def encode(path, frames, codec="libx264", pix_fmt="yuv420p", rate=24, times=None
     return path
 
 
-def broken_inside(path, frames):
-    """Write a video whose second of four groups of pictures is damaged: a first look, which decodes
-    the last, finds nothing.
+def broken_inside(path, frames, group=1):
+    """Write a video of which one of four groups of pictures is damaged: a first look, which decodes
+    the last, finds nothing if it is another.
     """
     encode(path, frames, g=len(frames) // 4, bf=0, container={"movflags": "faststart"},
            **{"x264-params": "scenecut=0:threads=1"})  # fmt: skip
@@ -88,7 +88,7 @@ def broken_inside(path, frames):
     with av.open(str(path)) as container:
         packets = [p for p in container.demux(video=0) if p.size]
     content = bytearray(path.read_bytes())
-    for packet in packets[len(frames) // 4 : len(frames) // 2]:
+    for packet in packets[group * len(frames) // 4 : (group + 1) * len(frames) // 4]:
         content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     path.write_bytes(content)
     return path

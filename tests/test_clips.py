@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_close, encode
+from conftest import ROOT, assert_close, broken_inside, encode
 
 import data
 import sample
@@ -260,6 +260,13 @@ def test_a_folder_is_a_data_set(tmp_path, capsys):
     assert "silent.mp4 has no caption" in errors and "hidden" not in errors
 
 
+def test_a_first_look_decodes_the_end(tmp_path):
+    for group, reason in ((1, None), (3, "can't be decoded: Invalid data found")):
+        path = broken_inside(tmp_path / f"{group}.mp4", drawing(12), group)
+        found = data.why_unusable((path, "a wall"), 4, 1, 0)
+        assert (found is None) == (reason is None) and (found or "").startswith(reason or "")
+
+
 def make_broken(folder, kind, name, whole):
     """Write folder/name, broken in one of ten ways; `whole`: bytes of a good MP4 -> its path."""
     path, half = folder / f"{name}.mp4", len(whole) // 2
@@ -454,7 +461,7 @@ def test_llava_describes_what_has_no_caption(llava, tmp_path, capsys):
     assert data.write_captions(table, llava, "cpu") == 0 and table.read_bytes() == before
     assert data.write_captions(table, llava, "cpu", overwrite=True) == 3
     assert read_lines(table)[1]["text"] != "kept, as it is"
-    # a batch of several gives what each gives alone: padding is on the left, and masked
+    # a batch of several gives what each gives alone
     again = read_lines(table)
     assert [again[i]["text"] for i in (0, 2)] == [lines[i]["text"] for i in (0, 2)]
 
@@ -570,7 +577,8 @@ SMALL = """
 import sys
 sys.path.insert(0, {root!r})
 import data
-data.SHARD = 3
+data.SHARD, write = 3, data.write_shard
+data.write_shard = lambda path, *more: print("makes", path.name) or write(path, *more)
 if __name__ == "__main__":
     data.command(data.main)
 """
@@ -587,6 +595,7 @@ def test_two_processes_make_the_cache_of_one(folder, encoders, tmp_path, monkeyp
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("20 samples of") == 1
+    assert done.stdout.count("makes shard_") == 7  # each by one of the two
     one, two = (data.LatentCache(tmp_path / out) for out in ("one", "two"))
     assert [shard[:2] for shard in one.shards] != [] and one.settings == two.settings
     assert [n for _, n, _ in one.shards] == [n for _, n, _ in two.shards] == [3] * 6 + [2]
