@@ -92,9 +92,7 @@ def keyed_generator(*key):
 
 
 def write_whole(path, write):
-    """Call write(temporary path), then rename: whoever finds `path` finds a whole file, at any
-    moment.
-    """
+    """Call write(temporary path), then rename: whoever finds `path` finds a whole file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{os.getpid()}.{path.name}")
@@ -122,9 +120,7 @@ def read_json(path, what):
 
 
 def pick_device(name):
-    """auto: CUDA, else MPS, else CPU; anything else as it is, or BadInput if the machine
-    lacks it.
-    """
+    """auto: CUDA, else MPS, else CPU; anything else as it is, or BadInput if it is not there."""
     have = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     have.append("cpu")
     require(name in ("auto", *have), f"device={name} is not on this machine; have {have}")
@@ -259,9 +255,7 @@ NOT_CLIPS = {".txt", ".csv", ".json", ".jsonl", ".parquet", ".md", ".srt", ".vtt
 
 
 class BadClip(Exception):
-    """This clip can't be used, and why. The caller names it, counts it, and goes on with the
-    others.
-    """
+    """Why a clip can't be used. The caller names it, counts it, and goes on with the others."""
 
 
 def read_table(source, columns=("path", "text")):
@@ -355,9 +349,7 @@ def frame_times(path):
 
 
 def first_frames(times, unit, frames, stride, fps):
-    """How many of a clip's frames leave room for the rest of a span that begins there; BadClip if
-    none does.
-    """
+    """How many frames of a clip leave room for a span that begins there; BadClip if none does."""
     if fps:
         need = f"{frames} frames, {fps:g} a second, need {(frames - 1) / fps:.2f} s"
         room = bisect_right(times, times[-1] - (frames - 1) / fps / unit + 0.5) if times else 0
@@ -675,9 +667,7 @@ def write_captions(source, llava, device, overwrite=False, batch_size=8, questio
 
 
 def save_captions(source, rows, new):
-    """Write {row: caption} beside the clips of a folder, or into the CSV, whose other columns
-    stay.
-    """
+    """Write {row: caption} beside the clips of a folder, or into the CSV; its columns stay."""
     if Path(source).is_dir():
         for i, text in new.items():
             beside = rows[i][0].with_suffix(".txt")
@@ -708,9 +698,7 @@ def save_captions(source, rows, new):
 
 
 def locate(source, part):
-    """(folder or Hub name, subfolder) at which from_pretrained finds `part`, which may be all there
-    is.
-    """
+    """(folder or Hub name, subfolder) where from_pretrained finds `part`, or all that there is."""
     for folder in (Path(source), ASSETS.parent / source):  # "assets/vae" works from anywhere
         if folder.is_dir():
             sub = part if (folder / part).is_dir() else ""
@@ -760,9 +748,7 @@ def fingerprint(tensors, *more):
 
 
 def portable(source):
-    """A folder outside this project by its whole path, so that a run finds it again from anywhere;
-    else as it is.
-    """
+    """A folder outside this project by its whole path, to be found from anywhere; else as it is."""
     outside = Path(source).is_dir() and not (ASSETS.parent / source).is_dir()
     return str(Path(source).resolve() if outside else source)
 
@@ -833,9 +819,7 @@ def to_uint8(video):
 
 
 class T5:
-    """A frozen T5 encoder with its tokenizer. dtype defaults to bf16 on CUDA, else fp32 (fp16
-    overflows in T5).
-    """
+    """A frozen T5 encoder with its tokenizer; bf16 on CUDA, else fp32 (fp16 overflows in T5)."""
 
     def __init__(self, source, length=120, device="cpu", dtype=None):
         from transformers import AutoTokenizer, T5EncoderModel
@@ -967,9 +951,7 @@ def check_view(frames, stride, size, width, unit):
 
 
 def check_settings(out, settings):
-    """BadInput if what stands in the folder `out` was made with other settings; names the
-    difference.
-    """
+    """BadInput if what stands in the folder `out` was made with other settings; names them."""
     if not (out / "settings.json").exists():
         return
     found = read_json(out / "settings.json", f"delete {out} and make it again")
@@ -1138,23 +1120,16 @@ def show(source, out, vae, count, frames, stride, size, seed, **options):
 # Six (colour, shape, direction) triples are never in the training set, though every pair of words
 # is: only a model that has learned what the single words mean can film them.
 
-COLOURS = {
-    "red": (225, 50, 50),
-    "green": (50, 190, 80),
-    "blue": (70, 110, 250),
-    "yellow": (245, 220, 60),
-}
+COLOURS = {"red": (225, 50, 50), "green": (50, 190, 80), "blue": (70, 110, 250),
+           "yellow": (245, 220, 60)}  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y is down
 GROUND = (28, 28, 36)
 HELD_OUT = [
-    ("red", "circle", "left"),
-    ("red", "triangle", "up"),
-    ("green", "square", "right"),
-    ("blue", "circle", "down"),
-    ("blue", "triangle", "left"),
-    ("yellow", "square", "up"),
-]  # no two share a pair of words, so each of their pairs is seen with another third word
+    ("red", "circle", "left"), ("red", "triangle", "up"), ("green", "square", "right"),
+    ("blue", "circle", "down"), ("blue", "triangle", "left"), ("yellow", "square", "up"),
+]  # fmt: skip
+# no two share a pair of words, so each of their pairs is seen with another third word
 TRIPLES = [(c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS]
 
 
@@ -1183,8 +1158,7 @@ def coverage(shape, centre, radius, size):
 
 
 def draw_clip(triple, generator, frames=8, size=64):
-    """Film one (colour, shape, direction): uint8 [T, 3, size, size]. Size, place and speed are
-    random.
+    """Film one (colour, shape, direction), of random size, place and speed: uint8 [T, 3, H, W].
 
     Over the clip the shape travels 0.28 to 0.38 of the frame's width (18 to 24 of 64 pixels: two to
     three latent cells), never leaves the frame, and ends near the edge towards which it moves.
@@ -1200,11 +1174,9 @@ def draw_clip(triple, generator, frames=8, size=64):
     heading = torch.tensor(DIRECTIONS[direction])  # [2]  x, y
     step = heading * size * (0.28 + 0.10 * u[1])  # [2]  from the first frame to the last
     inner = radius * math.sqrt(math.pi / (3 * math.sqrt(3)))
-    half = {
-        "circle": (radius, radius, radius),
-        "square": (radius * 0.886,) * 3,
-        "triangle": (inner * math.sqrt(3), 2 * inner, inner),
-    }[shape]  # half width, above, below
+    half = {"circle": (radius, radius, radius), "square": (radius * 0.886,) * 3,
+            "triangle": (inner * math.sqrt(3), 2 * inner, inner)}[shape]  # fmt: skip
+    # half width, above, below
     # [2]  where the first frame's centre may be
     low = torch.tensor([half[0], half[1]]) - step.clamp(max=0)
     high = size - torch.tensor([half[0], half[2]]) - step.clamp(min=0)
@@ -1249,26 +1221,20 @@ def detect(video):
     radius = (area.median() / math.pi).sqrt()
     overlap = {}
     for shape in SHAPES:
-        ideal = coverage(shape, centre, radius, size)
-        overlap[shape] = (
-            torch.minimum(ideal, cover).sum() / torch.maximum(ideal, cover).sum()
-        ).item()
+        ideal = coverage(shape, centre, radius, size)  # [T, H, W]
+        both, either = torch.minimum(ideal, cover).sum(), torch.maximum(ideal, cover).sum()
+        overlap[shape] = (both / either).item()
     shape = max(overlap, key=overlap.get)
     if overlap[shape] < 0.6:
         return None
 
-    time = torch.linspace(-0.5, 0.5, T)
-    velocity = (centre * time[:, None]).sum(
-        0
-    ) / time.square().sum()  # least squares, pixels per clip
-    residual = centre - centre.mean(0) - time[:, None] * velocity
+    time = torch.linspace(-0.5, 0.5, T)[:, None]
+    velocity = (centre * time).sum(0) / time.square().sum()  # [2]  least squares, pixels per clip
+    residual = centre - centre.mean(0) - time * velocity  # [T, 2]
     along = max(DIRECTIONS, key=lambda d: velocity @ torch.tensor(DIRECTIONS[d], dtype=torch.float))
     across = (velocity * torch.tensor(DIRECTIONS[along][::-1])).norm()
-    if (
-        velocity.norm() < size / 8
-        or across > 0.4 * velocity.norm()
-        or residual.norm(dim=1).mean() > size / 16
-    ):
+    jumps = residual.norm(dim=1).mean() > size / 16
+    if velocity.norm() < size / 8 or across > 0.4 * velocity.norm() or jumps:
         return None  # hardly moves, moves aslant, or jumps about
     return colour, shape, along
 
@@ -1277,15 +1243,10 @@ def make_toy(out, clips=2048, frames=8, size=64, seed=0, fps=8):
     """Draw the toy: out/train.csv with `clips` films of the 42 seen triples, out/held_out.csv with
     two new films of each of the 48. The CSVs are written last, so where they are, everything is.
     """
-    if clips < 1 or frames < 2 or size < 32:
-        raise BadInput(
-            f"clips={clips}, frames={frames}, size={size}: expected 1 or more, 2 or more, 32 or "
-            "more"
-        )
-    out, settings = (
-        Path(out),
-        {"clips": clips, "frames": frames, "size": size, "seed": seed, "fps": fps},
-    )
+    require(clips > 0 and frames > 1 and size >= 32, f"clips={clips}, frames={frames}, size="
+            f"{size}: expected 1 or more, 2 or more, 32 or more")  # fmt: skip
+    out = Path(out)
+    settings = {"clips": clips, "frames": frames, "size": size, "seed": seed, "fps": fps}
     check_settings(out, settings)
     write_json(out / "settings.json", settings)
     seen = [triple for triple in TRIPLES if triple not in HELD_OUT]
