@@ -525,13 +525,13 @@ PRODUCTS = [getattr(torch.ops.aten, name).default for name in (
 )]  # fmt: skip
 
 
-def checkpoint_blocks(model, keep_products=False):
+def checkpoint_blocks(model, keep_products=False, **options):
     """Keep for the backward pass what enters each block, and compute its inside again: a third more
     work, for the memory of one block's inside instead of all. With keep_products, what comes out of
     matrix products and attentions is kept as well, about 18 D numbers a token and block, and little
-    is computed twice. No number changes. Call it once, before torch.compile.
+    is computed twice. No number changes. Call it once, before torch.compile. options: of torch's
+    checkpoint.
     """
-    options = {}
     if keep_products:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, PRODUCTS)
 

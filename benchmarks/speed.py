@@ -17,6 +17,7 @@ forward pass keeps for the backward pass, each storage once, without the weights
 
 import argparse
 import gc
+import inspect
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -143,7 +145,10 @@ def table(title, figures, columns):
 def recomputing(make, selective=False):
     def made():
         model = make()
-        checkpoint_blocks(model, selective)
+        # so that what is kept can be counted also inside; torch 2.11 does not know this option
+        known = "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
+        options = {"respect_saved_tensors_hooks": True} if known and selective else {}
+        checkpoint_blocks(model, selective, **options)
         return model
 
     return made
