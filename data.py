@@ -171,7 +171,7 @@ class Process(NamedTuple):
         return self.world // self.sp
 
     def sum(self, values):
-        """Sum a list of numbers over all replicas."""
+        """Sum a list of numbers over all processes; those that share films count as one."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(total, group=self.group)
@@ -236,9 +236,11 @@ def set_up_process(device, sp=1):
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     # Patient: the others wait here while the first makes the toy, or reads or writes large weights.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    if sp == 1:
+        return Process(rank, world, device, group)
     shape, names = (world // sp, sp), ("data", "sequence")
     mesh = init_device_mesh(device.split(":")[0], shape, mesh_dim_names=names)
-    return Process(rank, world, device, group, sp, mesh["sequence"].get_group() if sp > 1 else None)
+    return Process(rank, world, device, group, sp, mesh["sequence"].get_group())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -469,6 +469,8 @@ def main():
                           space_scale=math.sqrt(size * width) / 512)  # fmt: skip
     scales = {k: getattr(args, k) for k in ("space_scale", "time_scale") if getattr(args, k)}
 
+    require(args.sp == 1 or c.variant != "full", f"sp={args.sp}: variant=full attends to all "
+            "tokens at once and can't be shared; give --sp 1")  # fmt: skip
     vae = VAE(settings["vae"], device)
     unit = vae.factor * math.lcm(*c.patch_size[1:])
     if frames % c.patch_size[0] or size % unit or width % unit:
@@ -483,6 +485,7 @@ def main():
             f"{c.in_channels}; --t5 gives {t5.channels}, --vae {vae.channels}: give fitting ones"
         )
     if weights:
+        torch.manual_seed(args.seed)  # of what an image model does not bring
         model = STDiT(c).eval()
         new = load_weights(model, weights, t5.null_caption)
         if new:

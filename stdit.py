@@ -200,16 +200,19 @@ def modulate(x, shift, scale):
 # that one, an exchange makes frames whole and shares out the patches instead, and another brings
 # them back (Dynamic Sequence Parallelism, arXiv 2403.10266). In each, a process sends and receives
 # (n - 1) / n of its tokens once, where splitting by heads (Ulysses) would exchange q, k, v and the
-# output. Where n does not divide T or S, empty tokens fill up, and are cut off again before any
-# attention could see them.
+# output; blocks that are recomputed exchange again. Where n does not divide T or S, empty tokens
+# fill up the last shares; they are cut off before a real token could look at them. (A picture has
+# one frame: then all but one process work on nothing.)
 
 
 class Shard(NamedTuple):
-    """How a film's tokens [B, T, S, D] are shared: over the frames, by the processes of a group."""
+    """A film's tokens [B, T, S, D] are shared by the n processes of a group: each has T/n frames,
+    rounded up, or for a while S/n patches.
+    """
 
     group: dist.ProcessGroup
-    T: int
-    S: int
+    T: int  # frames of the whole film
+    S: int  # patches of a whole frame
 
 
 def exchange(x, group):
@@ -222,25 +225,28 @@ def exchange(x, group):
 def fill_up(x, dim, n):
     """Zeros at the end of a dimension, until n divides it."""
     short = -x.shape[dim] % n
-    return torch.cat([x, x.new_zeros(*x.shape[:dim], short, *x.shape[dim + 1 :])], dim)
+    end = x.new_zeros(*x.shape[:dim], short, *x.shape[dim + 1 :])
+    return torch.cat([x, end], dim) if short else x
 
 
 def switch_shard(x, whole, shared, shard):
-    """Tokens [B, T, S, D], some of the dimension `whole` (1: frames, 2: patches) and all of the
-    other -> all of `whole`, some of `shared`. Without a shard, as they are.
+    """whole=1, shared=2: [B, T/n, S, D] -> [B, T, S/n, D]; whole=2, shared=1: back. That is, some
+    of the dimension `whole` becomes all of it. Without a shard, tokens stay as they are.
     """
     if shard is None:
         return x
     n = shard.group.size()
     parts = torch.stack(fill_up(x, shared, n).chunk(n, shared))  # [n, B, ...], for each process
     x = torch.cat(exchange(parts, shard.group).unbind(), whole)
-    return x.narrow(whole, 0, (shard.T, shard.S)[whole - 1])
+    return x.narrow(whole, 0, shard.T if whole == 1 else shard.S)
 
 
 def own_frames(x, shard):
-    """This process's part of all frames; x [B, T, ...]."""
-    n = shard.group.size() if shard else 1
-    return fill_up(x, 1, n).chunk(n, 1)[shard.group.rank()] if shard else x
+    """[B, T, ...] -> [B, T/n, ...], this process's frames."""
+    if shard is None:
+        return x
+    n = shard.group.size()
+    return fill_up(x, 1, n).chunk(n, 1)[shard.group.rank()]
 
 
 def all_frames(x, shard):
@@ -286,6 +292,8 @@ def along_space(attention, x):
 
 def along_time(attention, x, shard=None):
     """Each patch looks at itself in all frames. [B, T, S, D] -> [B, T, S, D]."""
+    if shard and torch.is_autocast_enabled(x.device.type):  # as the attention would, but it is sent
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     x = switch_shard(x, 1, 2, shard)
     out = attention(rearrange(x, "b t s d -> (b s) t d"))  # [B*S, T, D]
     out = rearrange(out, "(b s) t d -> b t s d", s=x.shape[2])

@@ -702,7 +702,7 @@ class Metrics:
 
 PEAK = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,
         "RTX 4090": 165, "RTX 3090": 71}  # fmt: skip
-# TFLOP/s of dense bf16, from the maker's data sheets
+# TFLOP/s of dense bf16, from the maker's data sheets, of SXM modules; PCIe cards have less
 
 
 class Cost:

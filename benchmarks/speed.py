@@ -3,16 +3,18 @@
     python benchmarks/speed.py                 # a CPU: small sizes, 5 minutes; CUDA: v1's stages
     python benchmarks/speed.py --step          # one whole AdamW step of XL/2 at 16x512x512: 24 GB
 
-Random weights and latents. Everything in a table was measured in one run, in turns, so that ratios
-hold also where the machine is noisy; times are medians. Beside ours stands diffusers' Latte, of the
-same width, depth and shape: the nearest thing that many people use. Latte's depth counts pairs of
-blocks, one of space and one of time, each with an MLP; ours is one block with both attentions, so
-at equal depth Latte has 26 C^2 multiplications a token and layer, ours 18 C^2 (and 4 C^2 for the
-caption each). Writes benchmarks/speed.json.
+Random weights and latents. Everything in a table was measured in one run, on a CPU in turns, so
+that ratios hold also where the machine is noisy; times are medians. Beside ours stands diffusers'
+Latte, of the same width, depth and shape: the nearest thing that many people use. Latte's depth
+counts pairs of blocks, one of space and one of time, each with an MLP; ours is one block with both
+attentions, so at equal depth Latte has 26 C^2 multiplications a token and layer, ours 18 C^2;
+besides, 2 C^2 for each token of the caption, which Latte repeats for every frame. Writes
+benchmarks/speed.json.
 
 FLOPs are counted by torch (a multiplication and an addition are two), three times the forward pass
 for a training step; what is recomputed does not count as work done. Activation memory is what the
-forward pass keeps for the backward pass, each storage once, without the weights.
+forward pass keeps for the backward pass, each storage once, without the weights (but with their
+copies in bf16, on CUDA).
 """
 
 import argparse
@@ -74,7 +76,7 @@ def training_step(model, batch, device):
     start = time.perf_counter()
     with autocast(device):
         out = model(*batch)
-    out.square().mean().backward()
+    (out - 1).square().mean().backward()
     wait(device)
     return time.perf_counter() - start
 
@@ -107,31 +109,26 @@ def flops(make, config, shape):
 
 
 def compare(makers, config, shape, batch, device, repeats):
-    """Measure training steps of several networks in turns -> {name: figures}."""
-    data, figures = inputs(config, shape, batch, device), {}
+    """Measure training steps of one or several networks, in turns -> {name: figures}."""
+    gc.collect()  # what the last networks held
+    torch.compiler.reset()  # else the next shape would be compiled for any shape
+    data, figures, models = inputs(config, shape, batch, device), {}, {}
     tokens = batch * shape[1] * shape[2] * shape[3] // 4
-    models = {}
     for name, make in makers.items():
-        models[name] = make().to(device)
         if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+        models[name], figures[name] = make().to(device), {}
         training_step(models[name], data, device)  # compiles, chooses kernels
-        figures[name] = {"activation_gb": kept(models[name], data, device) / 1e9}
         if device == "cuda":
             figures[name]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            models[name].to("cpu") if len(makers) > 2 else None
+        figures[name]["activation_gb"] = kept(models[name], data, device) / 1e9
     times = {name: [] for name in makers}
     for _ in range(repeats):
-        for name, model in models.items():
-            model.to(device)
-            times[name].append(training_step(model, data, device))
-            if device == "cuda" and len(makers) > 2:
-                model.zero_grad(), model.to("cpu")
+        for name in makers:
+            times[name].append(training_step(models[name], data, device))
     for name, seconds in times.items():
         median = statistics.median(seconds)
         figures[name] |= {"seconds": median, "tokens_per_second": tokens / median}
-    del models
-    gc.collect()
     return figures
 
 
@@ -164,13 +161,22 @@ def compiled(make):
     return made
 
 
+def recomputed_latte(make):
+    def made():
+        model = make()
+        model.enable_gradient_checkpointing()
+        return model.train()
+
+    return made
+
+
 def on_cpu(device):
     """Two layers of XL/2's width on 16 x 256 x 256; the toy; sampling of the toy."""
     config = replace(MODELS["STDiT-XL/2"], depth=2)
     shape, results = (4, 16, 32, 32), {}
     ours, theirs = lambda: STDiT(config), lambda: latte(config, 16, 32)
     makers = {"ours": ours, "diffusers' Latte": theirs}
-    figures = compare(makers, config, shape, 1, device, 7)
+    figures = compare(makers, config, shape, 1, device, 5)
     for name, make in makers.items():
         figures[name]["tflop"] = flops(make, config, shape) / 1e12
         figures[name]["tflop_per_second"] = figures[name]["tflop"] / figures[name]["seconds"]
@@ -184,7 +190,7 @@ def on_cpu(device):
     makers = {"all kept": ours, "recomputed": recomputing(ours),
               "matrix products kept": recomputing(ours, True),
               "full attention": lambda: STDiT(replace(config, variant="full"))}  # fmt: skip
-    figures = compare(makers, config, shape, 1, device, 3)
+    figures = compare(makers, config, shape, 1, device, 2)
     table("the same: what is kept, and the design `full`", figures, columns[:3])
     results["kept"] = figures
 
@@ -208,28 +214,28 @@ def on_cpu(device):
 def on_cuda(device):
     """v1's shapes with XL/2 in bf16, from random latents; and sampling."""
     results, name = {}, torch.cuda.get_device_name()
-    peak = next((1e12 * v for k, v in PEAK.items() if k in name), float("nan"))
+    peak = next((1e12 * v for k, v in PEAK.items() if k in name), None)
     for preset, batch in (("16x256x256", 8), ("16x512x512", 1), ("64x512x512", 1)):
         run = PRESETS[preset]
         config, shape = MODELS["STDiT-XL/2"], latent_shape(run)
         ours = lambda config=config: STDiT(config)  # noqa: E731
-        makers = {"recomputed": recomputing(ours), "compiled, recomputed":
-                  recomputing(compiled(ours)), "matrix products kept": recomputing(ours, True),
-                  "compiled, matrix products kept": recomputing(compiled(ours), True)}  # fmt: skip
-        if preset != "64x512x512":
-            makers |= {"all kept": ours, "compiled, all kept": compiled(ours)}
-            makers["diffusers' Latte"] = lambda c=config, s=shape: latte(c, s[1], s[2])
+        theirs = lambda c=config, s=shape: latte(c, s[1], s[2])  # noqa: E731
+        plain = {"all kept": ours, "recomputed": recomputing(ours),
+                 "matrix products kept": recomputing(ours, True)}  # fmt: skip
+        makers = plain | {f"compiled, {title}": compiled(make) for title, make in plain.items()}
+        makers["diffusers' Latte"] = theirs
+        makers["diffusers' Latte, recomputed"] = recomputed_latte(theirs)
         figures, cost = {}, Cost(run, Process(0, 1, "cpu"))
         for title, make in makers.items():
             try:
                 figures |= compare({title: make}, config, shape, batch, device, 5)
             except torch.OutOfMemoryError:  # a figure too: it does not fit
                 figures[title] = {}
-                gc.collect(), torch.cuda.empty_cache()
                 continue
             row = figures[title]
             used = flops(make, config, shape) if "Latte" in title else cost.flops
-            row["share_of_peak"] = batch * used / row["seconds"] / peak
+            if peak:
+                row["share_of_peak"] = batch * used / row["seconds"] / peak
         table(f"{preset}, batch {batch}, bf16, {name}", figures,
               ["seconds", "tokens_per_second", "share_of_peak", "activation_gb", "peak_gb"])
         results[preset] = figures
@@ -238,8 +244,7 @@ def on_cuda(device):
         mask = torch.ones(y.shape[:2], dtype=torch.bool, device=device)
         for sampler, steps in (("dpm", 20), ("ddpm", 100)):
             start = time.perf_counter()
-            with torch.no_grad():
-                sample(model, y, mask, shape, [("speed", 0)], steps, 7.0, sampler)
+            sample(model, y, mask, shape, [("speed", 0)], steps, 7.0, sampler)
             wait(device)
             results[preset][f"{steps} steps of {sampler}, guided"] = {
                 "seconds": time.perf_counter() - start}  # fmt: skip
@@ -252,10 +257,10 @@ def one_step(device, depth, frames, size):
     """One AdamW step of STDiT of XL/2's width, recomputed, with EMA; the process's largest memory
     against the prediction.
     """
-    run = replace(PRESETS["16x512x512"], frames=frames, size=size, checkpointing=True, device="cpu")
+    run = replace(PRESETS["16x512x512"], frames=frames, size=size, checkpointing="all")
     config, shape = replace(MODELS["STDiT-XL/2"], depth=depth), latent_shape(run)
     model = STDiT(config).to(device)
-    predicted = predicted_memory(run, model, Process(0, run.batch_size, device))
+    predicted = predicted_memory(run, model, Process(0, 1, device))  # it takes one clip at a time
     checkpoint_blocks(model)
     ema = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
@@ -279,6 +284,8 @@ def project(share, link=50e9, gpus=(8, 64, 512)):
     """v1's stages on many GPUs, worked out, not measured: compute at a share of an H100's peak;
     gradients, 4 bytes a weight, in a ring over links of 400 Gb/s = 50 GB/s a GPU, at worst after
     the backward pass, at best hidden behind it; the cache's 2 bytes a number, all captions full.
+    Where there are fewer clips than GPUs, the exchanges of --sp come on top, and each of those that
+    share a clip reads it.
     """
     figures, weights = {}, 759_620_768
     for name in ("16x256x256", "16x256x256-hq", "16x512x512", "64x512x512"):
@@ -323,7 +330,7 @@ def main():
     path = Path(__file__).with_name("speed.json")
     stored = json.loads(path.read_text()) if path.exists() else {}
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name() if device == "cuda" else machine
+    machine = torch.cuda.get_device_name() if device == "cuda" and not args.step else machine
     for key, figures in results.items():
         old = stored.get(key, {}).get("figures", {}) if key == "step" else {}
         stored[key] = {"machine": machine, "torch": torch.__version__,
