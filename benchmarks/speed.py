@@ -264,6 +264,9 @@ def one_step(device, depth, frames, size):
     checkpoint_blocks(model)
     ema = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
+    for p in model.parameters():  # as in any step but the first; filled, for zeros take no memory
+        moments = {name: torch.empty_like(p).fill_(0) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] |= {"step": torch.zeros(()), **moments}
     start = time.perf_counter()
     training_step(model, inputs(config, shape, 1, device), device)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
