@@ -1,7 +1,8 @@
 """Speed and memory of training and sampling, on whatever machine this is.
 
     python benchmarks/speed.py                 # a CPU: small sizes, 5 minutes; CUDA: v1's stages
-    python benchmarks/speed.py --step          # one whole AdamW step of XL/2 at 16x512x512: 24 GB
+    MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/speed.py --step
+                                               # one whole AdamW step of XL/2 at 16x512x512: 24 GB
 
 Random weights and latents. Everything in a table was measured in one run, on a CPU in turns, so
 that ratios hold also where the machine is noisy; times are medians. Beside ours stands diffusers'
@@ -10,6 +11,9 @@ counts pairs of blocks, one of space and one of time, each with an MLP; ours is 
 attentions, so at equal depth Latte has 26 C^2 multiplications a token and layer, ours 18 C^2;
 besides, 2 C^2 for each token of the caption, which Latte repeats for every frame. Writes
 benchmarks/speed.json.
+
+(The environment variable keeps glibc from holding on to freed tensors of less than 32 MB, which at
+16x256x256 added 5 GB to the peak.)
 
 FLOPs are counted by torch (a multiplication and an addition are two), three times the forward pass
 for a training step; what is recomputed does not count as work done. Activation memory is what the
