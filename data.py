@@ -563,6 +563,14 @@ def write_gif(path, video, fps):
     ))  # fmt: skip
 
 
+def write_png(path, picture):
+    """uint8 [3, H, W] -> a PNG, pixel for pixel."""
+    from PIL import Image
+
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    write_whole(path, lambda p: image.save(p, format="PNG"))
+
+
 def write_sheet(path, videos, captions):
     """A PNG with a row per film, uint8 [T, 3, H, W]: its caption, and below it at most 8 frames."""
     from PIL import Image, ImageDraw, ImageFont

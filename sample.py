@@ -2,8 +2,8 @@
 
     python sample.py --run out/toy --prompt "a red circle moving left" --guidance 2
 
-writes, for each prompt, an MP4 and a GIF, and one contact sheet of all; with --weights, from
-released weights or any that stdit.load_weights reads. The process is IDDPM's
+writes, for each prompt, an MP4 and a GIF (of --frames 1: a PNG), and one contact sheet of all; with
+--weights, from released weights or any that stdit.load_weights reads. The process is IDDPM's
 (Nichol and Dhariwal 2021, arXiv 2102.09672): 1000 small steps of noise forward; back, the network
 predicts the noise and, in the second half of its channels, the variance of the step.
 
@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from data import (
     HELD_OUT, T5, TRIPLES, VAE, BadInput, caption_of, clean_caption, command, detect,
-    keyed_generator, read_json, require, set_up_process, to_uint8, write_gif, write_sheet,
-    write_video,
+    keyed_generator, read_json, require, set_up_process, to_uint8, write_gif, write_png,
+    write_sheet, write_video,
 )  # fmt: skip
 from stdit import (
     MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, load_weights,
@@ -508,6 +508,10 @@ def main():
     out = Path(args.out)
     for i, (prompt, video) in enumerate(zip(prompts, films)):
         name = f"{i:02d}_{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}"
+        if frames == 1:
+            write_png(out / f"{name}.png", video[0])
+            print(f"{out / name}.png")
+            continue
         write_video(out / f"{name}.mp4", video, settings["fps"])
         write_gif(out / f"{name}.gif", video, settings["fps"])
         print(f"{out / name}.mp4 and .gif")

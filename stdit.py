@@ -19,7 +19,7 @@ import math
 import os
 import pickle
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +71,8 @@ MODELS = {
         time_scale=0.25,
     ),
 }
+# the same on patches of 2 frames, which are twice as far apart (report, A7)
+MODELS["toy-2x2x2"] = replace(MODELS["toy"], patch_size=(2, 2, 2), time_scale=0.125)
 
 # ---------------------------------------------------------------------------------------------
 # Where and when: sinusoids

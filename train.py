@@ -259,6 +259,8 @@ def check(config, world):
                                f"{unit // 8}); try --{name} {near}")  # fmt: skip
     require(c.frames > 0 and c.frames % pt == 0,
             f"frames={c.frames} must be a multiple of the patch's {pt}")  # fmt: skip
+    require(pt == 1 or c.image_share == 0, f"image_share={c.image_share}: a single frame makes no "
+            f"patch of {pt} frames; give --image_share 0")  # fmt: skip
     replicas = max(1, world // c.sp)
     group = replicas * (c.micro_batch or 1)
     batch = math.ceil(max(c.batch_size, 1) / group) * group

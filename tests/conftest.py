@@ -108,3 +108,45 @@ def toy(tmp_path_factory, encoders):
     for split in ("train", "held_out"):
         data.write_cache(folder / f"{split}.csv", folder / f"cache_{split}", *encoders, 8, 1, 64)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory):
+    """A LLaVA of random weights: two tiny layers each, its own tokenizer and image processor."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
+        LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast,
+    )  # fmt: skip
+
+    folder = tmp_path_factory.mktemp("llava")
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
+    words += data.QUESTION.split()
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    size = {"height": 28, "width": 28}
+    template = (
+        "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}ASSISTANT:{% endfor %}"
+    )
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size)
+    LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                   num_additional_image_tokens=1,
+                   chat_template=template).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                              num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
+    text = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                       num_attention_heads=2, num_key_value_heads=2, vocab_size=len(vocabulary),
+                       max_position_embeddings=512)  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=-1,
+                         image_token_id=vocabulary["<image>"])  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.suppress_tokens = list(range(5))  # it answers with words alone
+    model.save_pretrained(folder)
+    return folder

@@ -4,6 +4,7 @@ named once, captions are cleaned and written, caches survive kills and take seve
 
 import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -161,6 +162,39 @@ def test_images_are_films_of_one_frame_and_stand_upright(name, tmp_path, monkeyp
     monkeypatch.setattr(data, "LARGEST", 6000)
     with pytest.raises(data.BadClip, match="declares a picture of 96 x 64 pixels"):
         data.read_frames(tmp_path / name, 1)
+
+
+def test_images_train_and_are_sampled(encoders, tmp_path, monkeypatch):
+    """T = 1 from files to files: pictures, and a film among them, in one CSV; their cache; training
+    on either; a PNG for each prompt.
+    """
+    from PIL import Image
+
+    for i in range(5):
+        data.write_png(tmp_path / f"{i}.png", drawing(1, 72, 96)[0])
+    encode(tmp_path / "film.mp4", drawing(4, 72, 96))
+    files = [f"{i}.png" for i in range(5)] + ["film.mp4"]
+    table = tmp_path / "all.csv"
+    table.write_text("path,text\n" + "".join(f"{name},a drawing\n" for name in files))
+    data.write_cache(table, tmp_path / "cache", *encoders, 1, 1, 64)
+    options = dict(frames=1, steps=3, image_share=0.0, batch_size=2, films=1, film_steps=2,
+                   eval_every=3, warmup=1, save_every=3)  # fmt: skip
+    for source in (table, tmp_path / "cache"):
+        config = train.TrainConfig(data=str(source), out=str(tmp_path / f"of_{source.stem}"),
+                                   **options)  # fmt: skip
+        train.train(config)
+    lines = [train.read_metrics(tmp_path / f"of_{name}") for name in ("all", "cache")]
+    losses = [[m["mse"] for m in part if "mse" in m] for part in lines]
+    assert all(map(math.isfinite, sum(losses, [])))
+    monkeypatch.setattr(sys, "argv", [
+        "sample.py", "--run", str(tmp_path / "of_cache"), "--prompt", "a drawing", "--prompt", "b",
+        "--steps", "2", "--out", str(tmp_path / "out"),
+    ])  # fmt: skip
+    sample.main()
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["00_a-drawing.png", "01_b.png", "sheet.png"]
+    picture = Image.open(tmp_path / "out/00_a-drawing.png")
+    assert picture.size == (64, 64) and picture.mode == "RGB"
 
 
 def test_fps_takes_the_frame_that_is_shown_at_each_moment(tmp_path):
@@ -398,48 +432,6 @@ def test_the_toys_captions_need_no_cleaning():
     assert all(data.clean_caption(t) == t for t in map(data.caption_of, data.TRIPLES))
 
 
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    """A LLaVA of random weights: two tiny layers each, its own tokenizer and image processor."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
-        LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast,
-    )  # fmt: skip
-
-    folder = tmp_path_factory.mktemp("llava")
-    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
-    words += data.QUESTION.split()
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>", additional_special_tokens=["<image>"],
-    )  # fmt: skip
-    size = {"height": 28, "width": 28}
-    template = (
-        "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
-        "<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}ASSISTANT:{% endfor %}"
-    )
-    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size)
-    LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
-                   num_additional_image_tokens=1,
-                   chat_template=template).save_pretrained(folder)  # fmt: skip
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                              num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
-    text = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                       num_attention_heads=2, num_key_value_heads=2, vocab_size=len(vocabulary),
-                       max_position_embeddings=512)  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=-1,
-                         image_token_id=vocabulary["<image>"])  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.suppress_tokens = list(range(5))  # it answers with words alone
-    model.save_pretrained(folder)
-    return folder
-
-
 def read_lines(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -486,8 +478,9 @@ def test_captions_go_beside_the_clips_of_a_folder_and_an_interrupted_run_goes_on
     assert [p.name for p in tmp_path.glob("*.txt")] == ["0.txt"]
     assert data.write_captions(tmp_path, llava, "cpu", batch_size=1) == 2
     assert len(list(tmp_path.glob("*.txt"))) == 3
-    (llava / "chat_template.jinja").unlink()  # older checkpoints bring none
-    assert data.write_captions(tmp_path, llava, "cpu", overwrite=True) == 3
+    older = shutil.copytree(llava, tmp_path / "older")
+    (older / "chat_template.jinja").unlink()  # these bring none
+    assert data.write_captions(tmp_path, older, "cpu", overwrite=True) == 3
     with pytest.raises(data.BadInput, match="nowhere/llava"):
         data.write_captions(tmp_path, "nowhere/llava", "cpu", overwrite=True)
 
