@@ -35,12 +35,18 @@ SIZES, SIZE_FRAMES = (128, 256, 384, 512), 16  # all of 16 frames
 COLOURS = dict(zip((*VARIANTS, "diffusers' Latte"), ("C3", "C0", "C2", "C1", "0.5")))
 
 
+def maker(name, config, frames, size):
+    """A function that makes a design for films of this shape."""
+    if name in VARIANTS:
+        return lambda: STDiT(replace(config, variant=name))
+    return lambda: latte(config, frames, size // 8)
+
+
 def measure(config, frames, size, device):
     """{design: figures} at one shape; one training step of each design before the ones timed."""
     torch.manual_seed(0)
     shape, tokens = (4, frames, size // 8, size // 8), frames * size**2 // 256
-    makers = {v: lambda v=v: STDiT(replace(config, variant=v)) for v in VARIANTS}
-    makers["diffusers' Latte"] = lambda: latte(config, frames, size // 8)
+    makers = {name: maker(name, config, frames, size) for name in COLOURS}
     repeats = 5 if tokens < 1500 else 3 if tokens < 5000 or device == "cuda" else 1
     figures = compare(makers, config, shape, 1, device, repeats)
     for name, make in makers.items():
@@ -49,22 +55,24 @@ def measure(config, frames, size, device):
     return figures
 
 
-def crossing(xs, a, b):
-    """Where the line through (xs, a) first rises above the one through (xs, b), or None."""
-    for i in range(1, len(xs)):
-        before, after = a[i - 1] - b[i - 1], a[i] - b[i]
-        if before <= 0 < after:
-            return xs[i - 1] + (xs[i] - xs[i - 1]) * before / (before - after)
-    return None
+def crossings(config, points):
+    """{other design: {figure: frames}}: the first number of frames at which `full` has more FLOPs,
+    and the one at which lines between measured times cross (None: nowhere among them).
+    """
+    frames, found, side = [int(n) for n in points], {}, FRAME_SIZE // 8
 
+    def count(name, T):
+        return flops(maker(name, config, T, FRAME_SIZE), config, (4, T, side, side))
 
-def crossings(points):
-    """{other design: {figure: frames at which `full` becomes the dearer}} between measured ones."""
-    frames = [int(n) for n in points]
-    line = lambda name, key: [p[name][key] for p in points.values()]  # noqa: E731
-    return {name: {key: crossing(frames, line("full", key), line(name, key))
-                   for key in ("tflop", "seconds")}
-            for name in COLOURS if name != "full"}  # fmt: skip
+    for name in COLOURS:
+        if name == "full":
+            continue
+        more = (T for T in range(2, 1000) if count("full", T) > count(name, T))
+        lead = [p["full"]["seconds"] - p[name]["seconds"] for p in points.values()]
+        cross = (frames[i] + (frames[i + 1] - frames[i]) * lead[i] / (lead[i] - lead[i + 1])
+                 for i in range(len(lead) - 1) if lead[i] <= 0 < lead[i + 1])  # fmt: skip
+        found[name] = {"flops": next(more), "seconds": next(cross, None)}
+    return found
 
 
 def plot(results, path):
@@ -87,6 +95,9 @@ def plot(results, path):
                 axis.plot(xs, ys, style, marker="osD^x"[k], ms=5, color=colour, label=name)
             axis.set(title=f"{title}", xlabel=label, xscale="log", yscale="log")
             axis.set_xticks(xs, [str(x) for x in xs])
+            low, high = axis.get_ylim()
+            marks = [m for m in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low < m < high]
+            axis.set_yticks(marks, [f"{m:g}" for m in marks])
             axis.minorticks_off()
             axis.grid(color="0.9")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -116,7 +127,7 @@ def main():
             results[key][str(shape[key == "sizes"])] = figures
             table(f"{shape[0]} frames of {shape[1]}x{shape[1]}", figures, columns)
             sys.stdout.flush()
-    results["crossings"] = crossings(results["frames"])
+    results["crossings"] = crossings(config, results["frames"])
     print("\nframes from which `full` is the dearer:", json.dumps(results["crossings"], indent=1))
     if not quick:
         here = Path(__file__).parent
