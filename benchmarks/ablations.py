@@ -12,8 +12,8 @@ zero: the toy is learned as pictures (T = 1) for 1,500 steps. From those weights
 films for 600 steps: one as train.py does it, the new temporal projections at zero; one with the
 projections drawn like any other linear layer's.
 
-patches: 1,200 steps on films of 1x2x2, and of 2x2x2 patches, which are half as many; and of the
-latter 2,400 steps, about as much compute. No pictures first, for one frame is no patch of two.
+patches: 900 steps on films of 1x2x2, and of 2x2x2 patches, which are half as many; and of the
+latter 1,800 steps, about as much compute. No pictures first, for one frame is no patch of two.
 
 progressive: 8x32x32, then 8x64x64, then 16x64x64, where positions are rescaled from stage to stage;
 and 16x64x64 from the beginning, for so many steps that both cost the same FLOPs.
@@ -70,8 +70,8 @@ def zero(quick, seeds, jobs):
 
 def patches(quick, seeds, jobs):
     """A7 -> {arm: [configurations]}."""
-    options = {"1x2x2": ("toy", 1200), "2x2x2": ("toy-2x2x2", 1200),
-               "2x2x2, twice the steps": ("toy-2x2x2", 2400)}  # fmt: skip
+    options = {"1x2x2": ("toy", 900), "2x2x2": ("toy-2x2x2", 900),
+               "2x2x2, twice the steps": ("toy-2x2x2", 1800)}  # fmt: skip
     return {name: [arm(name.replace(", ", "-").replace(" ", "-"), s, quick, model=model,
                        steps=steps, image_share=0.0) for s in seeds]
             for name, (model, steps) in options.items()}  # fmt: skip
@@ -80,9 +80,9 @@ def patches(quick, seeds, jobs):
 def progressive(quick, seeds, jobs):
     """T1 -> {arm: [configurations]}."""
     stages = (
-        {"size": 32, "steps": 1600},
-        {"size": 64, "steps": 600, "lr": 1e-3, "image_share": 0.0},
-        {"size": 64, "steps": 300, "lr": 1e-3, "image_share": 0.0, "frames": 16,
+        {"size": 32, "steps": 1200},
+        {"size": 64, "steps": 450, "lr": 1e-3, "image_share": 0.0},
+        {"size": 64, "steps": 225, "lr": 1e-3, "image_share": 0.0, "frames": 16,
          "time_scale": 0.5, "fps": 16},
     )  # fmt: skip
     chains = [[arm(f"stage{k + 1}", s, quick, **stage) for k, stage in enumerate(stages)]
