@@ -2,8 +2,8 @@
 
     python sample.py --run out/toy --prompt "a red circle moving left" --guidance 2
 
-writes, for each prompt, an MP4 and a GIF (of --frames 1: a PNG), and one contact sheet of all; with
---weights, from released weights or any that stdit.load_weights reads. The process is IDDPM's
+writes, for each prompt, an MP4 and a GIF (with --frames 1, a PNG), and one contact sheet of all;
+with --weights, from released weights or any that stdit.load_weights reads. The process is IDDPM's
 (Nichol and Dhariwal 2021, arXiv 2102.09672): 1000 small steps of noise forward; back, the network
 predicts the noise and, in the second half of its channels, the variance of the step.
 
@@ -517,7 +517,7 @@ def main():
         print(f"{out / name}.mp4 and .gif")
     write_sheet(out / "sheet.png", films, prompts)
     print(
-        f"{out / 'sheet.png'}\n{len(films)} films of {frames} frames at {size}x{width}, "
+        f"{out / 'sheet.png'}\n{len(films)} x {frames} frames at {size}x{width}, "
         f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}: "
         f"{time.time() - start:.1f} s on {device}"
     )

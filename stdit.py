@@ -283,7 +283,8 @@ def all_frames(x, shard):
 #     sequential  space, then time: v1's choice, of which all this is written
 #     parallel    both from the same tokens, added; its weights have the same names as sequential's
 #     latte       a PixArt block for space, then one for time, with rows and MLP of its own and
-#                 without caption; not zero at the start, so it can't begin as PixArt
+#                 without caption; the temporal embedding is added to the tokens, so it can't begin
+#                 as PixArt even with zeros
 
 
 def along_space(attention, x):
@@ -467,7 +468,7 @@ class STDiT(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)
-            if self.config.variant in ("sequential", "parallel"):
+            if self.config.variant not in ("full", "latte"):
                 nn.init.zeros_(block.attn_temp.proj.weight)  # a film is T pictures (report, A5)
         nn.init.zeros_(self.final_layer.linear.weight)
 

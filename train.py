@@ -801,8 +801,8 @@ def training_loss(config, parallel, model, batch, encoders, positions, images):
 
 
 def loss_weights(config, t):
-    """[B] weights for t [B]. The loss of the noise at small t is ten to a hundred times that at
-    large t, where the film's content is decided; min-SNR weights (arXiv 2303.09556, eq. 7, for
+    """[B] weights for t [B]. The loss of the noise at small t is hundreds of times that at large
+    t, where the film's content is decided; min-SNR weights (arXiv 2303.09556, eq. 7, for
     noise prediction) keep it from drowning the rest.
     """
     if config.min_snr == 0:
@@ -959,7 +959,7 @@ def train(config, resume=False, process=Process(0, 1, "cpu")):
                     )  # [3]
                     (parts[0] / n).backward()  # shards are equal, so the mean of means is the mean
                 losses += parts.detach() / n
-            if images and config.variant in ("sequential", "parallel"):
+            if images and config.variant not in ("full", "latte"):
                 for block in model.blocks:  # one frame has nothing to connect, so it learns nothing
                     block.attn_temp.zero_grad()
             for group in optimizer.param_groups:
