@@ -6,13 +6,14 @@
 One block (of `latte`, and of diffusers' Latte: a pair) of STDiT-XL/2's width between its embedders
 and its final layer, with random weights and latents: parameters, FLOPs, what the forward pass keeps
 for the backward pass, and the time of both, against the number of frames and against the size of a
-frame. All that stand in one column were measured in turns, so their ratios hold where the machine
-is noisy.
+frame. What stands at one place of an axis was measured in turns, small shapes 3 to 5 times; on a
+CPU the largest (from 5,000 tokens on) once, so trust their times to a tenth.
 
 FLOPs are torch's count of one forward pass, times three. A token of the designs with factorized
-attention looks at S + T others (its frame, its patch through time), so their cost grows with the
-number of tokens; a token of `full` looks at all S*T, so its attention grows with the square. What
-`full` *keeps* is no more: fused attention never stores its S*T x S*T matrix.
+attention looks at S + T others (its frame, its patch through time), a token of `full` at all S*T.
+So with more frames the cost of `full` grows with their square, and the others' hardly faster than
+their number; with larger frames every design's attention grows with the square of S. What `full`
+*keeps* is no more: fused attention never stores its S*T x S*T matrix.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from stdit import MODELS, VARIANTS, STDiT
 
 FRAMES, FRAME_SIZE = (4, 8, 16, 32, 64), 256  # all of 256x256, as in v1's first stage
 SIZES, SIZE_FRAMES = (128, 256, 384, 512), 16  # all of 16 frames
-COLOURS = dict(zip((*VARIANTS, "diffusers' Latte"), ("C3", "C0", "C2", "C1", "0.5")))
+COLOURS = {"full": "C3", "sequential": "C0", "parallel": "C2", "latte": "C1",
+           "diffusers' Latte": "0.5"}  # fmt: skip
 
 
 def maker(name, config, frames, size):

@@ -2,15 +2,15 @@
 
     python benchmarks/speed.py                 # a CPU: small sizes, 5 minutes; CUDA: v1's stages
     MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/speed.py --step
-                                               # one whole AdamW step of XL/2 at 16x512x512: 24 GB
+                                               # one AdamW step of XL/2 at 16x512x512; Linux, 24 GB
 
-Random weights and latents. Everything in a table was measured in one run, on a CPU in turns, so
-that ratios hold also where the machine is noisy; times are medians. Beside ours stands diffusers'
-Latte, of the same width, depth and shape: the nearest thing that many people use. Latte's depth
-counts pairs of blocks, one of space and one of time, each with an MLP; ours is one block with both
-attentions, so at equal depth Latte has 26 C^2 multiplications a token and layer, ours 18 C^2;
-besides, 2 C^2 for each token of the caption, which Latte repeats for every frame. Writes
-benchmarks/speed.json.
+Random weights and latents. A table is of one run (that of --step: one run a line), on a CPU in
+turns, so that ratios hold also where the machine is noisy; times are medians. Beside ours stands
+diffusers' Latte, of the same width, depth and shape: the nearest thing that many people use.
+Latte's depth counts pairs of blocks, one of space and one of time, each with an MLP; ours is one
+block with both attentions, so at equal depth Latte has 26 C^2 multiplications a token and layer,
+ours 18 C^2; besides, 2 C^2 for each token of the caption, which Latte repeats for every frame.
+Writes benchmarks/speed.json.
 
 (The environment variable keeps glibc from holding on to freed tensors of less than 32 MB, which at
 16x256x256 added 5 GB to the peak.)
@@ -247,6 +247,8 @@ def on_cuda(device):
         _, _, y = inputs(config, shape, 1, device)
         mask = torch.ones(y.shape[:2], dtype=torch.bool, device=device)
         for sampler, steps in (("dpm", 20), ("ddpm", 100)):
+            sample(model, y, mask, shape, [("speed", 0)], 2, 7.0, sampler)  # warm up
+            wait(device)
             start = time.perf_counter()
             sample(model, y, mask, shape, [("speed", 0)], steps, 7.0, sampler)
             wait(device)
