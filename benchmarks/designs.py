@@ -214,6 +214,7 @@ def summary(results, base):
 def plot(results, path):
     """Five rows (four bins of t, films), against steps (left) and training FLOPs (right)."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
     figure = Figure(figsize=(9, 13), layout="constrained")
     axes = figure.subplots(5, 2, sharey="row", sharex="col")
@@ -239,6 +240,8 @@ def plot(results, path):
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=100)
+    picture = Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True)  # half as large
 
 
 def draw(axis, xs, ys, colour, label):
