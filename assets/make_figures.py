@@ -1,4 +1,4 @@
-"""The tutorial's figures, from a trained run of the toy.
+"""The tutorial's figures, from a trained run of the preset `toy`.
 
     python assets/make_figures.py --run out/toy        # half a minute; writes assets/figures
 
@@ -6,6 +6,7 @@ The figures of costs and of the comparison of designs are made by benchmarks/cos
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -23,11 +24,15 @@ from stdit import drop_captions, split_heads  # noqa: E402
 from train import read_metrics  # noqa: E402
 
 TRIPLE = ("red", "triangle", "up")  # training never showed it
+FRAMES = [f"frame {k}" for k in range(8)]
 FOLDER = ROOT / "assets/figures"
 
 
 def save(figure, name):
-    write_whole(FOLDER / name, lambda p: figure.savefig(p, format="png", dpi=100))
+    """As a PNG of 256 colours, which is a third as large."""
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
+    picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    write_whole(FOLDER / name, lambda p: picture.save(p, format="PNG", optimize=True))
 
 
 def sheet(name, rows, labels, titles=(), size=88):
@@ -58,12 +63,12 @@ def noise(vae, x0):
     added = torch.randn(x0.shape, generator=generator)
     rows = [pictures(vae, q_sample(TRAINING, x0, torch.tensor([t]), added))[0] for t in steps]
     labels = [f"t = {t}\n{100 * TRAINING.abar[t]:.3g}% left" for t in steps]
-    sheet("noise.png", rows, labels, [f"frame {k}" for k in range(8)])
+    sheet("noise.png", rows, labels, FRAMES, size=76)
 
 
 def attention(model, vae, x0, y, mask):
     """Where one patch looks, in its frame and through time, in each block; means over heads."""
-    place, frame, given = (2, 1), 3, []  # patch (row, column) of 4 x 4
+    place, frame, given = (2, 3), 3, []  # patch (row, column) of 4 x 4
 
     def record(module, inputs, output):
         q, k, _ = split_heads(module.qkv(inputs[0]), 3, module.heads)  # [B', heads, N, D/heads]
@@ -87,6 +92,7 @@ def attention(model, vae, x0, y, mask):
         edge = ("white", 2) if k == frame else ("0.55", 1)
         axis.add_patch(Rectangle(corner, 16, 16, fill=False, edgecolor=edge[0], linewidth=edge[1]))
     axes = bottom.subplots(2, n)
+    highest = max(100 * a[s, frame].max().item() for a in given[1::2])
     for i in range(n):
         space, time = given[2 * i][frame, s].view(4, 4), given[2 * i + 1][s, frame]
         axes[0, i].imshow(space, cmap="viridis", vmin=0)
@@ -97,7 +103,7 @@ def attention(model, vae, x0, y, mask):
                             color="white" if weight < 0.6 * space.max() else "black")  # fmt: skip
         axes[0, i].set(title=f"block {i}", xticks=[], yticks=[])
         axes[1, i].bar(range(T), 100 * time, color=["C1" if k == frame else "C0" for k in range(T)])
-        axes[1, i].set(xticks=range(T), xlabel="frame", ylim=(0, 65))
+        axes[1, i].set(xticks=range(T), xlabel="frame", ylim=(0, 1.05 * highest))
     axes[0, 0].set_ylabel("its frame, %")
     axes[1, 0].set_ylabel("its place in time, %")
     save(figure, "attention.png")
@@ -117,7 +123,7 @@ def training(run):
                 frames.append(torch.tensor(list(tile.resize((64, 64)).tobytes())).view(64, 64, 3))
         rows.append(torch.stack(frames).permute(0, 3, 1, 2))
         labels.append(f"{int(file.stem[5:]) if file.stem != 'films' else last:,} steps")
-    sheet("training.png", rows, labels)
+    sheet("training.png", rows, labels, FRAMES)
 
 
 def sampling(model, vae, y, mask, null):
@@ -134,7 +140,7 @@ def sampling(model, vae, y, mask, null):
         rows[20 - i] = pictures(vae, x0)[0]
     shown = (1, 4, 8, 12, 16, 20)
     labels = [f"step {k}\nt = {schedule.timesteps[20 - k]}" for k in shown]
-    sheet("sampling.png", [rows[k] for k in shown], labels)
+    sheet("sampling.png", [rows[k] for k in shown], labels, FRAMES)
 
 
 def guidance(model, vae, y, mask):
@@ -142,7 +148,7 @@ def guidance(model, vae, y, mask):
     values = (1, 2, 4, 7)
     rows = [film(model, vae, y, mask, [("figures", "guidance")], (4, 8, 8, 8), steps=20, guidance=g,
                  sampler="dpm")[0] for g in values]  # fmt: skip
-    sheet("guidance.png", rows, [f"g = {g}" for g in values])
+    sheet("guidance.png", rows, [f"g = {g}" for g in values], FRAMES)
 
 
 def losses(run):
@@ -183,7 +189,7 @@ def designs():
         axis.text(left + width / 2, 3.3, name, ha="center", fontsize=12, weight="bold")
         top = 0.3 + 0.56 * len(rows)
         axis.annotate("", (left + width / 2, top + 0.12), (left + width / 2, 0),
-                      arrowprops={"arrowstyle": "->", "color": "0.3"})  # fmt: skip
+                      arrowprops={"arrowstyle": "->", "color": "0.3"}, zorder=0)  # fmt: skip
         for r, (text, colour) in enumerate(rows):
             y = 0.3 + 0.56 * r
             if colour:
@@ -196,7 +202,7 @@ def designs():
                 axis.plot([left - 0.12] * 2, [low, high], color="0.5")
                 axis.text(left - 0.2, (low + high) / 2, text, rotation=90, ha="right", va="center",
                           fontsize=8)  # fmt: skip
-    save(figure, "designs.png")
+    save(figure, "four_designs.png")
 
 
 def main():
