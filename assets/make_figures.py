@@ -18,7 +18,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import T5, VAE, caption_of, draw_clip, keyed_generator, to_uint8, write_whole  # noqa: E402
+from data import (  # noqa: E402
+    T5, VAE, caption_of, draw_clip, keyed_generator, to_uint8, write_whole,
+)  # fmt: skip
 from sample import SAMPLERS, TRAINING, film, guided, load_run, predict_x0, q_sample  # noqa: E402
 from stdit import drop_captions, split_heads  # noqa: E402
 from train import read_metrics  # noqa: E402

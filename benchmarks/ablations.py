@@ -54,7 +54,7 @@ def zero(quick, seeds, jobs):
     """A5 -> {arm: [chains of configurations]}."""
     pictures = [arm("pictures", s, quick, steps=1500, image_share=1.0, films=0, eval_every=500)
                 for s in seeds]  # fmt: skip
-    run_all({c.out: c for c in pictures}, jobs)
+    run_all(pictures, jobs)
     arms = {"zero": [], "random": []}
     for s, start in zip(seeds, pictures):
         folder = Path(start.out) / "random_projections"
@@ -108,7 +108,7 @@ def progressive(quick, seeds, jobs):
     steps = round(1000 * cost / tflop_until(one, 1000))
     at_once = [(arm("at-once", s, quick, **options | {"steps": steps}),) for s in seeds]
     for k in (0, 1):  # the last stage of all is run with the others
-        run_all({c[k].out: c[k] for c in chains}, jobs)
+        run_all([chain[k] for chain in chains], jobs)
     return {"at once": at_once, "progressive": chains}
 
 
@@ -126,7 +126,7 @@ def main():
         shutil.rmtree(QUICK, ignore_errors=True)
     seeds = SEEDS[:1] if args.quick else SEEDS
     arms = EXPERIMENTS[args.experiment](args.quick, seeds, args.jobs)
-    run_all({chain[-1].out: chain[-1] for chains in arms.values() for chain in chains}, args.jobs)
+    run_all([chain[-1] for chains in arms.values() for chain in chains], args.jobs)
     results = {name: [collect(*chain) for chain in chains] for name, chains in arms.items()}
     if args.experiment == "zero":
         for name, chains in arms.items():

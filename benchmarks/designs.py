@@ -1,6 +1,6 @@
 """The report's comparison of four designs (A4), on the toy: which learns best, at what cost?
 
-    python benchmarks/designs.py           # 4 designs x 3 seeds: 80 minutes, 2 cores; resumes
+    python benchmarks/designs.py           # 4 designs x 3 seeds: 1.5 hours, 2 cores; resumes
     python benchmarks/designs.py --quick   # proves the path in a minute, in out/designs-quick
 
 Each design is trained by train.py as the preset `toy` has it, but for 2,000 steps: that preset's
@@ -80,16 +80,16 @@ def check_unchanged(config):
 
 
 def run_all(runs, jobs):
-    """Train all runs, {name: TrainConfig}, that are not finished yet, `jobs` at a time. A run may
-    begin with the weights of one before it in the list: give jobs=1, or call twice. Each writes
-    what it says to log.txt in its folder.
+    """Train those of the runs, [TrainConfig], that are not finished yet, `jobs` at a time. One that
+    begins with the weights of another belongs in a later call. Each writes what it says to log.txt
+    in its folder; no other process may be at work there.
     """
     base, environment = PRESETS["toy"], dict(os.environ)
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     encoders = Encoders({"vae": base.vae, "t5": base.t5}, 16, "cpu")
-    for c in {(c.frames, c.size, c.toy_clips): c for c in runs.values()}.values():
+    for c in {(c.frames, c.size, c.toy_clips): c for c in runs}.values():
         prepare_toy(c, encoders)  # now, once, and not by several runs at the same time
-    for c in runs.values():
+    for c in runs:
         check_unchanged(c)
 
     def run(config):
@@ -102,10 +102,10 @@ def run_all(runs, jobs):
             raise SystemExit(f"{config.out} is not finished: see {config.out}/log.txt")
 
     steps_of = lambda c: max((m["step"] for m in read_metrics(c.out)), default=0)  # noqa: E731
-    done = lambda: sum(steps_of(c) for c in runs.values())  # noqa: E731
+    done = lambda: sum(steps_of(c) for c in runs)  # noqa: E731
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run, config) for config in runs.values() if not finished(config)]
-        bar = tqdm(total=sum(c.steps for c in runs.values()), initial=done(), unit="step")
+        futures = [pool.submit(run, config) for config in runs if not finished(config)]
+        bar = tqdm(total=sum(c.steps for c in runs), initial=done(), unit="step")
         try:
             while not all(future.done() for future in futures):
                 time.sleep(5)
@@ -263,7 +263,7 @@ def main():
     runs = {f"{variant}-{seed}": replace(PRESETS["toy"], variant=variant, seed=seed,
                                          out=f"{folder}/{variant}-{seed}", **setting)
             for seed in seeds for variant in COLOURS}  # fmt: skip
-    run_all(runs, args.jobs)
+    run_all([*runs.values()], args.jobs)
     results = {v: [collect(runs[f"{v}-{seed}"]) for seed in seeds] for v in COLOURS}
     print(summary(results, "sequential"))
     stored = about("python benchmarks/designs.py") | {"seeds": seeds, "setting": setting}

@@ -27,7 +27,7 @@ SCRIPTS = ("stdit.py", "sample.py", "data.py", "train.py")
 DOCUMENTS = ("README.md", "tutorial.md", "benchmarks/README.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SHELL = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# 19.4<!--= 100 * left[1] -->, with an allowance 36.5<!--= psnr ±1 -->, or a word: left<!--= way -->
+# 19.4<!--= 100 * left[1] -->, with an allowance 36.5<!--= psnr ±1 -->, a word: left<!--= way -->
 STATED = re.compile(r"([-+\w.,]+)<!--=(.*?)(?:±(.*?))?-->", re.DOTALL)
 LINK = re.compile(r"\[`?([^\]`]*)`?\]\(([^)#\s]+)(?:#L(\d+))?\)")
 EXERCISES = {"causal": "1_causal", "flow": "2_flow", "qk_norm": "3_qk_norm",
