@@ -1,219 +1,214 @@
-"""The diffusion process: noise schedule, training loss, samplers, and the command that films.
+"""The diffusion process: noise schedule, training loss, samplers, and the command that generates.
 
-    python sample.py --run out/toy --prompt "a red circle moving left" --guidance 2
+    python sample.py --weights out/toy --prompt "a red circle moving left"
 
-writes, for each prompt, an MP4 and a GIF (with --frames 1, a PNG), and one contact sheet of all;
-with --weights, from released weights or any that stdit.load_weights reads. The process is IDDPM's
-(Nichol and Dhariwal 2021, arXiv 2102.09672): 1000 small steps of noise forward; back, the network
-predicts the noise and, in the second half of its channels, the variance of the step.
+writes an MP4 and a GIF for each prompt (with --frames 1 a PNG) and one contact sheet. The process
+is IDDPM (Nichol and Dhariwal 2021, arXiv 2102.09672): 1000 forward steps add noise; in reverse the
+network predicts the noise and, in the second half of its channels, the variance of each step.
 
-Shapes, in this file:
+Shapes in this file:
     B batch    C latent channels    T frames    L caption tokens    E caption channels
-    H, W latent height and width (in the section "Films to look at": pixels)
-    N steps of a schedule, 1000 in training
+    H, W latent height and width    N steps of a schedule, 1000 in training
 """
 
-import argparse
 import contextlib
 import gc
+import json
 import math
 import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
+import tyro
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from data import (
-    HELD_OUT, T5, TRIPLES, VAE, BadInput, caption_of, clean_caption, command, detect,
-    keyed_generator, read_json, require, set_up_process, to_uint8, write_gif, write_png,
-    write_sheet, write_video,
-)  # fmt: skip
-from stdit import (
-    MODELS, VARIANTS, BadWeights, STDiT, config_from, drop_captions, load_weights,
-    newest_checkpoint, stored_config,
-)  # fmt: skip
+import data
+from data import UserError, keyed_generator, print0, progress, require
+from stdit import STDiT, STDiTConfig, drop_captions
 
 # ---------------------------------------------------------------------------------------------
-# The schedule
+# Noise schedule
 #
 # Noise is added in N = 1000 steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise, with beta
-# from 1e-4 to 2e-2. Any number of steps at once is again one such step (DDPM, arXiv 2006.11239,
-# eq. 4):
-#     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise,    abar_t = product of (1 - beta) up to t,
-# so sampling may skip: a shorter schedule through the same abar is a schedule of its own (IDDPM,
-# section 4).
+# rising linearly from 1e-4 to 2e-2. Several steps at once are again Gaussian (DDPM, arXiv
+# 2006.11239, eq. 4):
+#     x_t = alpha_t x_0 + sigma_t noise,   alpha_t^2 = alphas_cumprod_t = prod_{s <= t} (1 - beta_s)
+# with sigma_t^2 = 1 - alpha_t^2. So sampling may use a subset of the timesteps, which is a schedule
+# of its own with larger betas (IDDPM, section 4).
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Tables over the N steps, float64. Index 0 is the step from x_0's neighbour to x_0."""
+class Schedule(NamedTuple):
+    """Tables over N steps, in the order of increasing noise: step_index 0 is the last step of
+    sampling (t = 1 in the papers, which count from 1). float64 on the CPU; to(device) rounds each
+    table once to fp32.
+    """
 
-    timesteps: torch.Tensor  # [N]  the training timestep that the network is told
-    abar: torch.Tensor  # [N]  share of the signal's variance that is left after the step
-    abar_prev: torch.Tensor  # [N]  the same one step nearer to x_0; 1 at index 0
-    beta: torch.Tensor  # [N]  variance added in this step; also the upper bound of the step back
-    log_posterior: torch.Tensor  # [N]  log beta-tilde, of q(x_{t-1} | x_t, x_0): the lower bound
+    timesteps: torch.Tensor  # [N]  timestep given to the network, 0 to 999
+    alpha: torch.Tensor  # [N]  sqrt(alphas_cumprod), scale of the signal
+    sigma: torch.Tensor  # [N]  sqrt(1 - alphas_cumprod), scale of the noise
+    alpha_prev: torch.Tensor  # [N]  alpha one step closer to x_0; 1 at index 0
+    sigma_prev: torch.Tensor  # [N]  0 at index 0
+    posterior_mean_coef1: (
+        torch.Tensor
+    )  # [N]  coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0)
+    posterior_mean_coef2: torch.Tensor  # [N]  coefficient of x_t (DDPM, eq. 7)
+    log_betas: torch.Tensor  # [N]  upper bound of the log variance of a reverse step
+    posterior_log_variance: torch.Tensor  # [N]  log beta-tilde, the lower bound
+
+    def to(self, device):
+        return Schedule(self.timesteps.to(device), *(t.float().to(device) for t in self[1:]))
+
+
+def schedule_from_timesteps(timesteps):
+    """The schedule over a subset of the 1000 training timesteps: int64 [N], N >= 2, ascending."""
+    betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)[timesteps]
+    alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    betas = 1 - alphas_cumprod / alphas_cumprod_prev
+    variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)  # beta-tilde
+    variance[0] = variance[1]  # instead of 0, whose logarithm is -inf, as in IDDPM
+    return Schedule(
+        timesteps=timesteps,
+        alpha=alphas_cumprod.sqrt(),
+        sigma=(1 - alphas_cumprod).sqrt(),
+        alpha_prev=alphas_cumprod_prev.sqrt(),
+        sigma_prev=(1 - alphas_cumprod_prev).sqrt(),
+        posterior_mean_coef1=alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod),
+        posterior_mean_coef2=(1 - betas).sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod),
+        log_betas=betas.log(),
+        posterior_log_variance=variance.log(),
+    )
 
 
 def make_schedule(steps=1000):
-    """The training schedule, or one of `steps` of its timesteps, evenly spread from 0 to 999."""
-    if not 2 <= steps <= 1000:
-        raise BadInput(f"steps={steps}: expected 2 to 1000")
-    return respaced(torch.linspace(0, 999, steps, dtype=torch.float64).round().long())
+    """The training schedule, or `steps` of its timesteps, evenly spaced from 0 to 999."""
+    require(2 <= steps <= 1000, f"steps={steps}: expected 2 to 1000")
+    return schedule_from_timesteps(
+        torch.linspace(0, 999, steps, dtype=torch.float64).round().long()
+    )
 
 
-def respaced(timesteps):
-    """The schedule through these timesteps of the training's 1000: int64 [N], N >= 2, rising."""
-    abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), dim=0)
-    abar = abar[timesteps]
-    abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-    beta = 1 - abar / abar_prev
-    posterior = beta * (1 - abar_prev) / (1 - abar)  # beta-tilde
-    posterior[0] = posterior[1]  # not 0, whose logarithm is -inf: IDDPM takes the next one
-    return Schedule(timesteps, abar, abar_prev, beta, posterior.log())
+TRAIN_SCHEDULE = make_schedule(1000)
 
 
-TRAINING = make_schedule(1000)
-
-
-def at(table, t, like):
-    """table[t] for indices t [B] on the CPU, as [B, 1, 1, 1, 1] of `like`'s dtype and device.
-
-    Coefficients are worked out in float64 and rounded once, here: 1 - abar is 1e-4 at t = 0, of
-    which fp32 would keep three digits. Timesteps live on the CPU, where they are drawn, so this
-    never waits for a GPU.
-    """
-    return table[t].to(like.dtype).to(like.device).view(-1, 1, 1, 1, 1)
+def extract(table, t, x):
+    """table[t], for indices t [B] or a single int, shaped to multiply x [B, C, T, H, W]."""
+    return table[t].to(x).view(-1, 1, 1, 1, 1)
 
 
 def q_sample(schedule, x0, t, noise):
-    """Jump from x_0 to x_t (DDPM, eq. 4). x0, noise [B, C, T, H, W], t [B] indices -> x_t."""
-    return at(schedule.abar.sqrt(), t, x0) * x0 + at((1 - schedule.abar).sqrt(), t, x0) * noise
+    """Sample q(x_t | x_0) (DDPM, eq. 4). x0, noise [B, C, T, H, W]; t [B] -> x_t."""
+    return extract(schedule.alpha, t, x0) * x0 + extract(schedule.sigma, t, x0) * noise
 
 
 def predict_x0(schedule, x_t, t, eps):
-    """The x_0 from which this noise would have led to x_t: q_sample, solved for x0."""
-    return (x_t - at((1 - schedule.abar).sqrt(), t, x_t) * eps) / at(schedule.abar.sqrt(), t, x_t)
+    """The x_0 for which the noise eps leads to x_t: q_sample solved for x0."""
+    return (x_t - extract(schedule.sigma, t, x_t) * eps) / extract(schedule.alpha, t, x_t)
 
 
 def posterior_mean(schedule, x0, x_t, t):
-    """The mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
-    abar, abar_prev, beta = schedule.abar, schedule.abar_prev, schedule.beta
-    weight_0 = abar_prev.sqrt() * beta / (1 - abar)
-    weight_t = (1 - beta).sqrt() * (1 - abar_prev) / (1 - abar)
-    return at(weight_0, t, x0) * x0 + at(weight_t, t, x_t) * x_t
+    """Mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
+    coef1, coef2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+    return extract(coef1, t, x0) * x0 + extract(coef2, t, x_t) * x_t
 
 
 def log_variance(schedule, v, t):
-    """The model's variance: v in [-1, 1] goes from log beta-tilde to log beta (IDDPM, eq. 15)."""
-    share = (v + 1) / 2
-    return share * at(schedule.beta.log(), t, v) + (1 - share) * at(schedule.log_posterior, t, v)
+    """The predicted log variance: v in [-1, 1] interpolates log beta-tilde and log beta (IDDPM,
+    eq. 15)."""
+    w = (v + 1) / 2
+    lower = extract(schedule.posterior_log_variance, t, v)
+    return w * extract(schedule.log_betas, t, v) + (1 - w) * lower
 
 
 # ---------------------------------------------------------------------------------------------
-# The loss
+# Loss
 #
-# Predicting the noise with squared error is a reweighted bound on the likelihood and gives the
-# better pictures; but it says nothing about the variance of a step. So the bound itself (VLB) is
-# added, and only the variance channels learn from it: the mean inside it is detached (IDDPM,
-# section 3.1). A loss of 0.1 says little: most of it is noise that nobody could predict. What to
-# watch is in train.py, "Is it learning?".
+# Mean squared error of the noise is a reweighted variational bound and gives better images than the
+# bound itself, but it does not train the variance. So the bound (VLB) is added for the variance
+# channels alone: the mean inside it is detached (IDDPM, section 3.1).
 
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
-    """{"mse": of the noise, "vlb": in bits per latent value}, [B] each. Train on their sum.
+    """{"mse": of the noise, "vlb": in bits per dimension}, [B] each. v1 trains on their sum.
 
-    out [B, 2C, T, H, W]: the network's answer to x_t = q_sample(schedule, x0, t, noise).
+    out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
-    eps, v = out.to(x0.dtype).chunk(2, dim=1)  # 2 x [B, C, T, H, W]; fp32 from here on
+    eps, v = out.to(x0.dtype).chunk(2, dim=1)  # 2 x [B, C, T, H, W], fp32 from here on
     mse = (eps - noise).square().flatten(1).mean(1)
-    x0_guess = predict_x0(schedule, x_t, t, eps.detach())
-    mean = posterior_mean(schedule, x0_guess, x_t, t)
+    mean = posterior_mean(schedule, predict_x0(schedule, x_t, t, eps.detach()), x_t, t)
     log_var = log_variance(schedule, v, t)
     true_mean = posterior_mean(schedule, x0, x_t, t)
-    true_log_var = at(schedule.log_posterior, t, x_t)
-    kl = 0.5 * (log_var - true_log_var + (true_log_var - log_var).exp() - 1
-                + (true_mean - mean).square() * (-log_var).exp())  # fmt: skip
-    nll = -discretized_log_likelihood(x0, mean, 0.5 * log_var)
-    bits = torch.where((t == 0).view(-1, 1, 1, 1, 1).to(x0.device), nll, kl) / math.log(2)
-    return {"mse": mse, "vlb": bits.flatten(1).mean(1)}
+    true_log_var = extract(schedule.posterior_log_variance, t, x_t)
+    mean_term = (true_mean - mean).square() * (-log_var).exp()
+    variance_term = log_var - true_log_var + (true_log_var - log_var).exp() - 1
+    kl = 0.5 * (variance_term + mean_term)  # between two Gaussians
+    nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var)
+    vlb = torch.where((t == 0).view(-1, 1, 1, 1, 1), nll, kl) / math.log(2)
+    return {"mse": mse, "vlb": vlb.flatten(1).mean(1)}
 
 
-def discretized_log_likelihood(x, mean, log_std):
-    """log of a Gaussian's mass in the bin of width 2/255 around x; the outermost bins reach to
-    infinity (DDPM, eq. 13). Made for pixels in [-1, 1]: for latents, this last of 1000 terms means
-    little. Kept as v1 has it.
+def discretized_gaussian_log_likelihood(x, mean, log_std):
+    """Log of the probability of a bin of width 2/255 around x; the outer bins extend to infinity
+    (DDPM, eq. 13). It suits pixels in [-1, 1] rather than latents, but v1 has it.
     """
-    upper = normal_cdf((x - mean + 1 / 255) * (-log_std).exp())
-    lower = normal_cdf((x - mean - 1 / 255) * (-log_std).exp())
+    upper = torch.special.ndtr((x - mean + 1 / 255) * (-log_std).exp())
+    lower = torch.special.ndtr((x - mean - 1 / 255) * (-log_std).exp())
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
 
 
-def normal_cdf(x):
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
 # ---------------------------------------------------------------------------------------------
-# One step back
+# Sampler steps
 #
-# From x_t and the predicted noise to x_{t-1}. Ancestral sampling (DDPM) draws from the model's
-# Gaussian. DDIM follows the ODE that has the same marginals: no noise, so fewer steps do, and films
-# of the same noise agree between step counts. DPM-Solver++ follows it with second order: it guesses
-# from the last two predictions of x_0 where x_0 will be in the middle of the step.
+# A step computes x_{t-1} from x_t and the predicted noise. DDPM samples from the predicted
+# Gaussian. DDIM solves an ODE with the same marginals; without noise, fewer steps suffice.
+# DPM-Solver++ solves that ODE to second order, extrapolating x_0 from its last two predictions.
 #
-# All take the same: x, eps, v and noise [B, C, T, H, W]; i, an index into the schedule; x0_before,
-# the x_0 predicted in the step before, None in the first. -> x one step nearer to x_0. No
-# prediction of x_0 is clipped: latents have no bounds.
+# Arguments: x, eps, v, noise [B, C, T, H, W]; step_index into the schedule; x0_last, the x_0
+# predicted in the step before (None in the first) -> x, one step closer to x_0. x_0 is not clipped:
+# latents have no bounds.
 
 
-def ddpm_step(schedule, x, i, eps, v, noise, x0_before=None):
-    """Ancestral step with learned variance (DDPM, algorithm 2; IDDPM, eq. 15)."""
-    t = torch.full((len(x),), i)
-    mean = posterior_mean(schedule, predict_x0(schedule, x, t, eps), x, t)
-    return mean + (i > 0) * (0.5 * log_variance(schedule, v, t)).exp() * noise
+def ddpm_step(schedule, x, step_index, eps, v, noise, x0_last=None):
+    """Ancestral sampling with learned variance (DDPM, algorithm 2; IDDPM, eq. 15)."""
+    mean = posterior_mean(schedule, predict_x0(schedule, x, step_index, eps), x, step_index)
+    std = (0.5 * log_variance(schedule, v, step_index)).exp()
+    return mean + std * noise if step_index > 0 else mean
 
 
-def ddim_step(schedule, x, i, eps, v, noise, x0_before=None, eta=0.0):
-    """DDIM (arXiv 2010.02502, eq. 12). eta 0: deterministic; 1: as noisy as DDPM."""
-    t = torch.full((len(x),), i)
-    abar, abar_prev = schedule.abar, schedule.abar_prev
-    variance = eta**2 * (1 - abar_prev) / (1 - abar) * schedule.beta  # sigma squared
-    x0, direction = predict_x0(schedule, x, t, eps), (1 - abar_prev - variance).sqrt()
-    return (
-        at(abar_prev.sqrt(), t, x) * x0
-        + at(direction, t, x) * eps
-        + at(variance.sqrt(), t, x) * noise
-    )
+def ddim_step(schedule, x, step_index, eps, v, noise, x0_last=None):
+    """Deterministic DDIM (arXiv 2010.02502, eq. 12 with sigma = 0)."""
+    x0 = predict_x0(schedule, x, step_index, eps)
+    return schedule.alpha_prev[step_index] * x0 + schedule.sigma_prev[step_index] * eps
 
 
-def dpm_step(schedule, x, i, eps, v, noise, x0_before=None):
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). With x_0 as it is, this is DDIM's step.
+def dpm_step(schedule, x, step_index, eps, v, noise, x0_last=None):
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). Without the extrapolation it is DDIM.
 
-    Its clock is log(alpha / sigma), half the log SNR; that is infinite at x_0 itself, so the last
-    step is of first order, like the first.
+    Its time variable is lambda = log(alpha / sigma), half the log SNR. It is infinite at x_0, so
+    the last step is first order, like the first, which has no earlier prediction.
     """
-    t = torch.full((len(x),), i)
-    x0 = predict_x0(schedule, x, t, eps)
-    if x0_before is not None and i > 0:
-        clock = 0.5 * torch.log(schedule.abar / (1 - schedule.abar))  # [N]
-        this, last = clock[i - 1] - clock[i], clock[i] - clock[i + 1]  # lengths of two steps
-        x0 = x0 + 0.5 * (this / last).item() * (x0 - x0_before)
-    shrink = ((1 - schedule.abar_prev) / (1 - schedule.abar)).sqrt()  # of sigma
-    weight = schedule.abar_prev.sqrt() - shrink * schedule.abar.sqrt()
-    return at(shrink, t, x) * x + at(weight, t, x) * x0
+    i = step_index
+    x0 = predict_x0(schedule, x, i, eps)
+    if x0_last is not None and i > 0:
+        lambda_t = (schedule.alpha / schedule.sigma).log()  # [N]
+        h, h_last = lambda_t[i - 1] - lambda_t[i], lambda_t[i] - lambda_t[i + 1]
+        x0 = x0 + 0.5 * h / h_last * (x0 - x0_last)
+    sigma_ratio = schedule.sigma_prev[i] / schedule.sigma[i]
+    return sigma_ratio * x + (schedule.alpha_prev[i] - sigma_ratio * schedule.alpha[i]) * x0
 
 
 def dpm_schedule(steps):
-    """`steps` timesteps evenly spread from 0 to 999, without the 0, as in diffusers. By this
-    sampler's clock it is far to t = 0, and a guess from the last two predictions would overshoot;
-    the last step, which guesses nothing, may start from further out.
+    """`steps` timesteps: of steps + 1 evenly spaced from 0 to 999, all but 0, as in diffusers. Near
+    t = 0 lambda changes so fast that the extrapolation would overshoot.
     """
-    if not 2 <= steps <= 999:
-        raise BadInput(f"steps={steps}: expected 2 to 999 with the sampler dpm")
-    return respaced(make_schedule(steps + 1).timesteps[1:])
+    require(2 <= steps <= 999, f"steps={steps}: expected 2 to 999 with --sampler dpm")
+    return schedule_from_timesteps(make_schedule(steps + 1).timesteps[1:])
 
 
 SAMPLERS = {  # name: (its schedule, its step)
@@ -222,306 +217,228 @@ SAMPLERS = {  # name: (its schedule, its step)
     "dpm": (dpm_schedule, dpm_step),
 }
 
-
 # ---------------------------------------------------------------------------------------------
-# Sampling with guidance
+# Sampling with classifier-free guidance
 #
 # Training replaces 10% of the captions by the null caption, so one network predicts the noise with
-# and without a caption. Sampling walks away from the second (classifier-free guidance, arXiv
-# 2207.12598, eq. 6):
-#     eps = eps_null + g (eps_caption - eps_null),    g = 1: as predicted; more: closer to it.
-# v1 did so for 3 of the 4 latent channels only, a leftover of RGB; here all are guided.
-
-GUIDED = slice(None)  # slice(3): v1's three, to compare with films that its code made
+# and without a caption. Sampling extrapolates from the second to the first (arXiv 2207.12598):
+#     eps = eps_uncond + guidance (eps_cond - eps_uncond),
+# where guidance 1 is the plain conditional prediction.
 
 
 def autocast(device):
-    """On CUDA bf16 autocast: fp32 weights, matrix products in bf16. On CPU and MPS nothing."""
+    """bf16 autocast on CUDA: fp32 weights, matrix products in bf16. fp32 on CPU and MPS."""
     on_cuda = torch.device(device).type == "cuda"
     return torch.autocast("cuda", torch.bfloat16) if on_cuda else contextlib.nullcontext()
 
 
-def guided(model, x, t, y, mask, guidance):
-    """eps and v, [B, C, T, H, W] each, for x [B, C, T, H, W] at training timestep t, a tensor [].
-    y [2B, L, E], mask [2B, L]: B captions, then B nulls."""
+def predict_noise(model, x, t, y, mask, guidance, v1_guidance=False):
+    """Guided eps and v, [B, C, T, H, W] each, for x [B, C, T, H, W] at timestep t (scalar tensor).
+
+    y [2B, L, E], mask [2B, L]: B captions, then B null captions; with guidance 1 only captions. v
+    is the conditional one. v1_guidance: guide 3 of the 4 channels, as v1 does (and DiT, which v1's
+    code follows).
+    """
+    x = x if guidance == 1 else torch.cat([x, x])
     with autocast(x.device):
-        out = model(torch.cat([x, x]), t.expand(2 * len(x)).to(x.device), y, mask).to(x.dtype)
-    out, out_null = out.chunk(2)  # 2 x [B, 2C, T, H, W]
-    (eps, v), (eps_null, _) = out.chunk(2, dim=1), out_null.chunk(2, dim=1)
-    far, near, eps = eps[:, GUIDED], eps_null[:, GUIDED], eps.clone()
-    eps[:, GUIDED] = near + guidance * (far - near)
-    return eps, v
+        out = model(x, t.expand(len(x)), y, mask).to(x.dtype)  # [B or 2B, 2C, T, H, W]
+    eps, v = out.chunk(2, dim=1)
+    if guidance == 1:
+        return eps, v
+    eps_cond, eps_uncond = eps.chunk(2)  # 2 x [B, C, T, H, W]
+    eps = eps_uncond + guidance * (eps_cond - eps_uncond)
+    if v1_guidance:
+        eps = torch.cat([eps[:, :3], eps_cond[:, 3:]], dim=1)
+    return eps, v.chunk(2)[0]
 
 
 @torch.no_grad()
-def sample(model, y, mask, shape, keys, steps, guidance, sampler="ddpm", bar=False):
-    """Film B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W) of one film's latents
-    -> [B, C, T, H, W].
+def sample(
+    model, y, mask, shape, keys, steps, guidance, sampler="ddpm", v1_guidance=False, verbose=False
+):
+    """Generate latents for B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W) of one video's
+    latents -> [B, C, T, H, W].
 
-    keys: a tuple per film: all noise of a film is drawn by a generator keyed on it, so the film is
-    the same, within rounding, whatever else is in the batch. v1's configs have steps 100 and
-    guidance 7.
+    keys: for each video the key of its noise (data.keyed_generator), so it does not depend, beyond
+    rounding, on the rest of the batch. v1's configs have 100 steps and guidance 7. v1_guidance
+    reproduces v1: three guided channels, and a null caption with the padding mask of the prompt.
     """
     make, step = SAMPLERS[sampler]
-    schedule = make(steps)
+    schedule = make(steps).to(y.device)
     generators = [keyed_generator(*key) for key in keys]
 
     def noise():  # [B, C, T, H, W]
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y)
 
-    null = model.y_embedder.y_embedding
-    drop = torch.arange(2 * len(y), device=y.device) >= len(y)  # [2B]  B captions, then B nulls
-    y, mask = drop_captions(y.repeat(2, 1, 1), mask.repeat(2, 1), drop, null)
-    x, x0_before = noise(), None
-    hidden = None if bar else True  # None: a bar on a terminal
-    for i in tqdm(range(steps)[::-1], disable=hidden, desc="sampling"):
-        eps, v = guided(model, x, schedule.timesteps[i], y, mask, guidance)
-        x0 = predict_x0(schedule, x, torch.full((len(x),), i), eps)
-        x, x0_before = step(schedule, x, i, eps, v, noise(), x0_before), x0
+    if guidance != 1:
+        drop = torch.ones(len(y), dtype=torch.bool, device=y.device)
+        null, null_mask = drop_captions(y, mask, drop, model.y_embedder.y_embedding)
+        null_mask = mask if v1_guidance else null_mask
+        y, mask = torch.cat([y, null]), torch.cat([mask.bool(), null_mask.bool()])
+    x, x0 = noise(), None
+    for i in progress(range(steps)[::-1], "sampling", enabled=verbose):
+        eps, v = predict_noise(model, x, schedule.timesteps[i], y, mask, guidance, v1_guidance)
+        x0_last, x0 = x0, predict_x0(schedule, x, i, eps)
+        x = step(schedule, x, i, eps, v, noise() if sampler == "ddpm" else None, x0_last)
     return x
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading a run
-#
-# A run folder holds checkpoints/step_N/, each with model.safetensors (raw weights), ema.safetensors
-# (their moving average, which films better), optimizer.safetensors, and state.json with everything
-# else and a hash of each file. A checkpoint is written beside and renamed, so one that is there was
-# written whole.
+def video_keys(seed, prompts):
+    """The key of each video's noise: seed, prompt, and number of the same prompt before it."""
+    return [(seed, "video", prompt, prompts[:i].count(prompt)) for i, prompt in enumerate(prompts)]
 
 
-def load_run(run):
-    """(model in eval mode with the averaged weights, state) of a run's newest checkpoint, or of a
-    checkpoint's folder; state holds the run's configuration. BadInput, BadWeights.
+def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
+    """Sample and decode: captions y [n, L, E], mask [n, L] -> n videos, uint8 [T, 3, H, W] in
+    pixels. batch_size: videos at a time. keys, shape, options: as for sample().
     """
-    folder = newest_checkpoint(run)
-    if folder is None:
-        raise BadInput(
-            f"{run} holds no run: no checkpoints/step_* in it; train one with: python train.py "
-            f"--out {run}"
-        )
-    state = read_json(folder / "state.json", f"delete {folder} to use the checkpoint before it")
-    model = STDiT(config_from(state["model"]))
-    load_weights(model, folder)
-    return model.eval(), state
+    videos, device = [], next(model.parameters()).device
+    y, mask = y.to(device), mask.to(device)
+    for i in range(0, len(keys), batch_size):
+        part = slice(i, i + batch_size)
+        latents = sample(model, y[part], mask[part], shape, keys[part], **options)
+        videos += data.to_uint8(vae.decode(latents).transpose(1, 2)).unbind()
+    return videos
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading a model
+#
+# Weights are stored as a folder: config.json (STDiTConfig) and model.safetensors, written by
+# STDiT.save_pretrained, and sample.json, the other settings of sampling (vae, t5, frames, size,
+# width, output_fps, guidance). A checkpoint of train.py is such a folder, with the EMA weights;
+# tools/convert_weights.py makes one from released weights.
+
+
+def newest_checkpoint(run):
+    """The newest checkpoint folder of a run of train.py, or None."""
+    return max(Path(run).glob("checkpoints/step_*"), default=None)
+
+
+CONVERT = "weights of Open-Sora, PixArt-alpha and Latte need tools/convert_weights.py first"
+
+
+def find_weights(source):
+    """A run of train.py, a folder, or a Hub name -> the local folder that holds its weights."""
+    folder = newest_checkpoint(source) or Path(source)
+    files = ["config.json", "model.safetensors", "sample.json"]
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=files))
+        except (OSError, ValueError) as error:
+            reason = f"could not be downloaded from the Hub ({type(error).__name__})"
+            raise UserError(f"{source} is not a local folder, and {reason}; {CONVERT}") from None
+    found = all((folder / name).is_file() for name in files[:2])
+    require(found, f"{source} has no config.json and model.safetensors; {CONVERT}")
+    return folder
+
+
+def load_model(source, **changes):
+    """The model of a run, folder or Hub name, in eval mode. changes: new values for fields of its
+    config, e.g. space_scale. UserError if a tensor is missing, left over, or of another shape.
+    """
+    folder = find_weights(source)
+    try:
+        config = STDiTConfig(**json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):  # without memory and without initialization
+            model = STDiT(replace(config, **changes))
+        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+        model.float()
+    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} does not hold the weights of an STDiT: {reason}") from None
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------
 # The command line
 
 
-def check_encoder(encoder, names, what):
-    """BadInput if an encoder is not the one that the run was trained with, whose name and
-    fingerprint `names` holds.
-    """
-    expected = names[f"{what}_fingerprint"]
-    if encoder.fingerprint != expected:
-        raise BadInput(
-            f"{encoder.source} does not fit the run: its {what} has fingerprint "
-            f"{encoder.fingerprint}, the run was trained with {names[what]} ({expected}); give "
-            f"that one with --{what}"
-        )
+@dataclass(frozen=True)
+class SampleConfig:
+    weights: str  # run of train.py, folder of tools/convert_weights.py, or Hub name
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text of a video; may be repeated
+    out: str = "samples"  # folder to write
+    frames: int | None = None  # frames of a video, 1 for an image; None: as in training
+    size: int | None = None  # height in pixels; None: as in training
+    width: int | None = None  # width in pixels; None: the height, or as in training
+    output_fps: int | None = None  # frames per second of the files; None: as in training
+    steps: int = 50  # denoising steps; v1: 100
+    sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # dpm: DPM-Solver++(2M), good with 20 steps
+    guidance: float | None = None  # classifier-free guidance, 1: none; v1: 7; None: as in training
+    v1_guidance: bool = False  # as v1: guide 3 of 4 channels, mask the null caption as the prompt
+    space_scale: float | None = None  # spatial position = index / scale; None: as in training
+    time_scale: float | None = None  # temporal position = index / scale; None: as in training
+    vae: str | None = None  # folder or Hub name of the VAE; None: as in training
+    t5: str | None = None  # folder or Hub name of T5 encoder and tokenizer; None: as in training
+    seed: int = 0  # random seed
+    batch_size: int = 8  # videos at a time
+    sp: int = 1  # processes that share each video; must be all that torchrun starts
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
 
 
-def film_keys(seed, prompts):
-    """A key per film for its noise: the seed, the prompt, and how often the prompt has come
-    before.
-    """
-    return [(seed, "film", prompt, prompts[:i].count(prompt)) for i, prompt in enumerate(prompts)]
+def resolve(config):
+    """Fill the fields that are None from sample.json of the weights -> SampleConfig."""
+    file = find_weights(config.weights) / "sample.json"
+    settings = {"frames": 16, "size": 256, "output_fps": 8, "guidance": 4.0}
+    settings |= json.loads(file.read_text()) if file.is_file() else {}
+    settings |= {k: v for k, v in vars(config).items() if v is not None}
+    if config.size and not config.width or "width" not in settings:
+        settings["width"] = settings["size"]
+    for name in ("vae", "t5"):
+        require(name in settings, f"{config.weights} names no {name}: give --{name}")
+    return SampleConfig(**settings)
 
 
-def film(model, vae, y, mask, keys, shape, batch=8, **options):
-    """Film captions y [N, L, E], mask [N, L]: a list of N uint8 [T, 3, H, W].
-
-    keys, options: as in sample(). shape: (C, T, H, W) of the latents. batch: films at a time.
-    """
-    films, device = [], next(model.parameters()).device
-    for i in range(0, len(keys), batch):
-        y_part, mask_part = (v[i : i + batch].to(device) for v in (y, mask))
-        latents = sample(model, y_part, mask_part, shape, keys[i : i + batch], **options)
-        films += list(to_uint8(vae.decode(latents).transpose(1, 2)))  # [T, 3, H, W] each
-    return films
-
-
-def caption_accuracy(model, vae, t5, times, seed, shape, rank=0, world=1, **options):
-    """Film every caption of the toy, times[0] times if training showed it, else times[1] times, and
-    let data.detect judge. -> 10 counts: of seen captions the films, and those right in all, in
-    colour, shape and direction; then the same of unseen ones. Of `world` processes each films its
-    part; counts are to be summed.
-    """
-    triples = [t for t in TRIPLES for _ in range(times[t in HELD_OUT])]
-    prompts = [caption_of(t) for t in triples]
-    keys, mine, counts = film_keys(seed, prompts), slice(rank, None, world), [0] * 10
-    y, mask = t5.encode(prompts[mine])
-    videos = film(model, vae, y, mask, keys[mine], shape, batch=32, **options)
-    for triple, video in zip(triples[mine], videos):
-        found, base = detect(video) or ("none",) * 3, 5 * (triple in HELD_OUT)
-        right = [a == b for a, b in zip(triple, found)]
-        for k, hit in enumerate([True, all(right), *right]):
-            counts[base + k] += hit
-    return counts
-
-
-def describe(counts):
-    """The counts of caption_accuracy in words, a line for each kind of caption."""
-    lines = []
-    for kind, (n, right, *parts) in (("seen", counts[:5]), ("held-out", counts[5:])):
-        low, high = interval(right, max(n, 1))
-        shares = zip(("colour", "shape", "direction"), parts)
-        shown = ", ".join(f"{name} {part / max(n, 1):.0%}" for name, part in shares)
-        lines.append(f"caption accuracy, {kind} captions: {right / max(n, 1):.1%} of {n} films "
-                     f"(95% interval {low:.0%} to {high:.0%}); {shown}")  # fmt: skip
-    return "\n".join(lines)
-
-
-def interval(k, n):
-    """95% interval of a share of k in n (Wilson 1927)."""
-    z = 1.96
-    centre = (k + z * z / 2) / (n + z * z)
-    half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
-    return centre - half, centre + half
-
-
-def parse_command_line():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--run", help="run folder of train.py: its averaged weights, model, encoders and sizes")
-    add("--weights", help="a run (under torchrun, which takes --run for its own), or other weights:"
-                          " a file, folder, Hub name or Hub name/file")  # fmt: skip
-    add("--model", help=f"what the weights are ({', '.join(MODELS)}); default: STDiT-XL/2")
-    add("--variant", choices=VARIANTS, help="their design; default: sequential")
-    add("--vae", help="folder or Hub name; default: the run's")
-    add("--t5", help="folder or Hub name; default: the run's")
-    add("--prompt", action="append", default=[], help="what to film; may be given several times")
-    add("--prompts", help="text file with a prompt a line")
-    add("--frames", type=int, help="default: the run's, or 16")
-    add("--size", type=int, help="height in pixels; default: the run's, or 256")
-    add("--width", type=int, help="in pixels; default: the run's, or the height")
-    add("--fps", type=int, help="frames per second of the files; default: the run's, or 8")
-    add("--space-scale", type=float, help="place = index / scale; default: as stored, or size/512")
-    add("--time-scale", type=float, help="default: as stored with the weights, or 1 (toy: 0.25)")
-    add("--steps", type=int, default=50, help="denoising steps, 2 to 1000 (dpm: 999); v1: 100")
-    add("--guidance", type=float, default=4.0, help="1: none; v1's configs have 7")
-    add("--sampler", choices=list(SAMPLERS), default="ddpm")
-    add("--seed", type=int, default=0)
-    add("--batch", type=int, default=8, help="films at a time; more need more memory")
-    add("--sp", type=int, default=1, help="processes that share each film, as torchrun starts")
-    add("--out", default="samples", help="folder to write")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    return parser.parse_args()
-
-
-def read_prompts(args):
-    prompts = list(args.prompt)
-    if args.prompts:
-        if not Path(args.prompts).is_file():
-            raise BadInput(
-                f"--prompts {args.prompts} is not there; give a text file with a prompt a line"
-            )
-        lines = Path(args.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise BadInput('nothing to film: give --prompt "a red circle moving left", or --prompts')
-    return prompts
+def write_videos(out, prompts, videos, fps):
+    """Write each video (uint8 [T, 3, H, W]) and a contact sheet, and print their names."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for i, (prompt, video) in enumerate(zip(prompts, videos)):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+        path = Path(out) / f"{i:02d}_{slug}"
+        if len(video) == 1:
+            data.to_image(video[0], height=0).save(f"{path}.png")
+            print(f"{path}.png")
+        else:
+            data.write_video(path.with_suffix(".mp4"), video, fps)
+            data.write_gif(path.with_suffix(".gif"), video, fps)
+            print(f"{path}.mp4 and .gif")
+    data.write_sheet(Path(out) / "sheet.png", videos, prompts)
+    print(Path(out) / "sheet.png")
 
 
 def main():
-    args, start = parse_command_line(), time.time()
-    prompts = read_prompts(args)
-    for name in ("batch", "frames", "size", "width", "fps", "space_scale", "time_scale"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise BadInput(f"{name}={value}: expected more than 0")
-    SAMPLERS[args.sampler][0](args.steps)  # complain before anything is loaded
-    process = set_up_process(args.device, args.sp)
-    require(process.replicas == 1, f"sp={args.sp}: torchrun started {process.world} processes, and "
-                                   f"all have to share; give --sp {process.world}")  # fmt: skip
-    device = process.device
+    start, c = time.time(), tyro.cli(SampleConfig, description=__doc__)
+    require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
+    SAMPLERS[c.sampler][0](c.steps)  # checks the number of steps before anything is loaded
+    c = resolve(c)
+    d = data.init_distributed(c.device, c.sp)
+    require(d.dp_size == 1, f"give --sp {d.world_size}: all processes share each video")
 
-    # What is filmed with: a run knows its model, encoders and sizes; weights know at most a model.
-    run, weights = args.run, args.weights
-    if weights and not run and newest_checkpoint(weights):
-        run, weights = weights, None
-    # Also vae and t5; of a run their fingerprints too. Released weights know cleaned captions.
-    settings = {"frames": 16, "size": 256, "width": 0, "fps": 8, "clean": True}
-    if run:
-        model, state = load_run(run)
-        settings |= state["config"] | state["encoders"]
-    elif not weights:
-        raise BadInput("nothing to film with: give --run out/toy, or --weights")
-    stored = model.config if run else stored_config(weights)
-    for name in ("model", "variant"):
-        if stored and getattr(args, name):
-            raise BadInput(f"{name}={getattr(args, name)}: {run or weights} knows its own; omit it")
-    if args.model and args.model not in MODELS:
-        raise BadInput(f"model={args.model!r} is unknown; expected one of {', '.join(MODELS)}")
-    given = {k: getattr(args, k) for k in ("frames", "size", "width", "fps", "vae", "t5")}
-    if args.size:
-        settings["width"] = 0
-    settings |= {k: v for k, v in given.items() if v is not None}
-    for what in ("vae", "t5"):
-        if what not in settings:
-            raise BadInput(f"weights alone bring no {what}: give --{what}, a folder or a Hub name")
-    frames, size = settings["frames"], settings["size"]
-    width = settings["width"] or size
-    c = stored or replace(MODELS[args.model or "STDiT-XL/2"], variant=args.variant or "sequential",
-                          space_scale=math.sqrt(size * width) / 512)  # fmt: skip
-    scales = {k: getattr(args, k) for k in ("space_scale", "time_scale") if getattr(args, k)}
-
-    require(args.sp == 1 or c.variant != "full", f"sp={args.sp}: variant=full attends to all "
-            "tokens at once and can't be shared; give --sp 1")  # fmt: skip
-    vae = VAE(settings["vae"], device)
-    unit = vae.factor * math.lcm(*c.patch_size[1:])
-    if frames % c.patch_size[0] or size % unit or width % unit:
-        raise BadInput(f"frames={frames} must divide by {c.patch_size[0]}, size={size} and "
-                       f"width={width} by {unit}")  # fmt: skip
-    t5 = T5(settings["t5"], c.caption_length, device)
-    if run:
-        check_encoder(vae, settings, "vae"), check_encoder(t5, settings, "t5")
-    if t5.channels != c.caption_channels or vae.channels != c.in_channels:
-        raise BadInput(
-            f"the model takes captions of {c.caption_channels} channels and latents of "
-            f"{c.in_channels}; --t5 gives {t5.channels}, --vae {vae.channels}: give fitting ones"
-        )
-    if weights:
-        torch.manual_seed(args.seed)  # of what an image model does not bring
-        model = STDiT(c).eval()
-        new = load_weights(model, weights, t5.null_caption)
-        if new:
-            process.say(f"{weights} is an image model: {len(new)} temporal tensors are as at the "
-                        "start of a training")  # fmt: skip
-    model.config, model.group = replace(c, **scales), process.sequence
-    y, mask = t5.encode([clean_caption(p) for p in prompts] if settings["clean"] else prompts)
-    del t5  # T5-XXL's 9.5 GB in bf16 are not needed any more
+    scales = {k: getattr(c, k) for k in ("space_scale", "time_scale") if getattr(c, k)}
+    model = load_model(c.weights, **scales)
+    model.sp_group, m = d.sp_group, model.config
+    vae, t5 = data.VAE(c.vae, d.device), data.T5(c.t5, m.caption_length, d.device)
+    vae.check_size(c.frames, c.size, c.width, m.patch_size)
+    for name, found, needed in (
+        (c.t5, t5.channels, m.caption_channels),
+        (c.vae, vae.channels, m.in_channels),
+    ):
+        require(found == needed, f"{name} has {found} channels, the model needs {needed}")
+    y, mask = t5.encode([data.clean_caption(prompt) for prompt in c.prompt])
+    del t5  # T5-XXL takes 9.5 GB in bf16
     gc.collect()
-    was = f"stored: {stored.space_scale}, {stored.time_scale}" if stored else "none are stored"
-    process.say(f"{weights or run}: {c.variant}, space_scale={model.config.space_scale}, "
-                f"time_scale={model.config.time_scale} ({was})")  # fmt: skip
 
-    shape = (c.in_channels, frames, size // vae.factor, width // vae.factor)
-    keys, options = film_keys(args.seed, prompts), {"steps": args.steps, "bar": process.rank == 0}
-    options |= {"guidance": args.guidance, "sampler": args.sampler}
-    films = film(model.to(device), vae, y, mask, keys, shape, args.batch, **options)
-    if process.rank > 0:
-        return
-    out = Path(args.out)
-    for i, (prompt, video) in enumerate(zip(prompts, films)):
-        name = f"{i:02d}_{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}"
-        if frames == 1:
-            write_png(out / f"{name}.png", video[0])
-            print(f"{out / name}.png")
-            continue
-        write_video(out / f"{name}.mp4", video, settings["fps"])
-        write_gif(out / f"{name}.gif", video, settings["fps"])
-        print(f"{out / name}.mp4 and .gif")
-    write_sheet(out / "sheet.png", films, prompts)
-    print(
-        f"{out / 'sheet.png'}\n{len(films)} x {frames} frames at {size}x{width}, "
-        f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}: "
-        f"{time.time() - start:.1f} s on {device}"
-    )
+    print0(f"{c.weights}: {m}\n{c.frames} frames of {c.size}x{c.width}, guidance {c.guidance:g}")
+    shape = (vae.channels, c.frames, c.size // vae.factor, c.width // vae.factor)
+    keys = video_keys(c.seed, c.prompt)
+    options = {k: getattr(c, k) for k in ("steps", "guidance", "sampler", "v1_guidance")}
+    options |= {"batch_size": c.batch_size, "verbose": d.rank == 0}
+    videos = generate(model.to(d.device), vae, y, mask, keys, shape, **options)
+    if d.rank == 0:
+        write_videos(c.out, c.prompt, videos, c.output_fps)
+    print0(f"{c.steps} steps of {c.sampler}: {time.time() - start:.1f} s on {d.device}")
 
 
 if __name__ == "__main__":
-    command(main, BadWeights)
+    data.run_command(main)

@@ -1,143 +1,146 @@
-"""Three experiments that the report only mentions, on the toy, each one command.
+"""Three experiments that the report only mentions, on the toy, each with one command.
 
-    python benchmarks/ablations.py zero         # A5: temporal projections at zero, or random
-    python benchmarks/ablations.py patches      # A7: patches of 1x2x2, or of 2x2x2
-    python benchmarks/ablations.py progressive  # T1: small films first, or large ones at once
-    python benchmarks/ablations.py zero --quick # proves the path, in out/ablations-quick
+    python benchmarks/ablations.py zero          # A5: temporal projections at zero, or random
+    python benchmarks/ablations.py patches       # A7: patches of 1x2x2, or of 2x2x2
+    python benchmarks/ablations.py progressive   # T1: small videos first, or large ones at once
+    python benchmarks/ablations.py zero --quick  # the same path in a minute, in out/ablations-quick
 
 Every arm is a run of train.py in out/ablations, with the same seeds in all arms of an experiment;
-run again, it goes on. The figures go to benchmarks/ablations.json.
+called again, it resumes. Results go to benchmarks/ablations.json.
 
-zero: the toy is learned as pictures (T = 1) for 1,500 steps. From those weights two runs go on with
-films for 600 steps: one as train.py does it, the new temporal projections at zero; one with the
-projections drawn like any other linear layer's. Their held-out losses begin at step 0.
+zero: 1,500 steps on single frames. From those weights two runs train 600 steps on videos: one with
+train.py's initialization, temporal projections at zero; one with projections initialized like any
+other linear layer. Their validation losses start at step 0.
 
-patches: 900 steps on films of 1x2x2, and of 2x2x2 patches, which are half as many; and of the
-latter 1,800 steps, about as much compute, and twice the clips. No pictures first, for one frame
-is no patch of two; so unlike the report's, which began as PixArt-alpha, these begin from nothing.
+patches: 900 steps on videos with 1x2x2 patches, and with 2x2x2, half as many; and with the latter
+1,800 steps, about the same compute and twice the clips. No single frames first, for one frame is no
+patch of two; so these start from random weights, the report's from PixArt-alpha.
 
-progressive: 8x32x32, then 8x64x64, then 16x64x64, where positions are rescaled from stage to stage;
-and 16x64x64 from the beginning, for so many steps that both cost the same FLOPs. Each run has its
-own warm-up and cosine, from 2e-3 to 0; those that go on begin at 1e-3.
+progressive: 8x32x32, then 8x64x64, then 16x64x64, with positions rescaled from stage to stage; and
+16x64x64 from the start, for the number of steps at which both cost the same FLOPs. Each run has its
+own warm-up and cosine, from 2e-3 to 0; stages that start from weights begin at 1e-3.
 
-So few steps bring hardly a film that is right, so the last two compare the held-out loss alone.
+After so few steps hardly a video matches its caption, so the last two compare the validation loss
+alone.
 """
 
-import argparse
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
-
+import tyro
 from designs import about, collect, run_all, summary, tflop_until  # first: it sets the path
-from data import Process
-from stdit import STDiT, load_weights
-from train import PRESETS, held_out_loss, model_config, open_data
+
+from data import Distributed
+from sample import load_model
+from train import PRESETS, open_data, validation_loss
 
 SEEDS = (0, 1)
 FOLDER, QUICK = "out/ablations", "out/ablations-quick"
 
 
-def arm(name, seed, quick, **options):
-    """The configuration of one run; steps of training as given, or few."""
-    steps = options.pop("steps")
-    every = {"eval_every": 100, "film_every": steps, "save_every": 500, "keep": 1}
-    few = {"film_steps": 2, "toy_clips": 84, "warmup": 1} if quick else {}
-    return replace(PRESETS["toy"], seed=seed, out=f"{QUICK if quick else FOLDER}/{name}-{seed}",
-                   steps=min(steps, 4) if quick else steps, **every | options | few)  # fmt: skip
+def arm(name, seed, quick, steps, **options):
+    """The TrainConfig of one run."""
+    out = f"{QUICK if quick else FOLDER}/{name}-{seed}"
+    often = {"eval_every": 100, "sample_every": steps, "save_every": 500, "keep_checkpoints": 1}
+    options = {"seed": seed, "out": out, "steps": steps} | often | options
+    if quick:
+        options |= {"steps": min(steps, 4), "sample_steps": 2, "toy_clips": 84, "warmup": 1}
+    return replace(PRESETS["toy"], **options)
 
 
 def zero(quick, seeds, jobs):
-    """A5 -> {arm: [chains of configurations]}."""
-    pictures = [arm("pictures", s, quick, steps=1500, image_share=1.0, films=0, eval_every=500)
-                for s in seeds]  # fmt: skip
-    run_all(pictures, jobs)
+    """A5 -> {arm: [chains of TrainConfigs]}."""
+    options = {"steps": 1500, "image_fraction": 1.0, "num_samples": 0, "eval_every": 500}
+    images = [arm("images", s, quick, **options) for s in seeds]
+    run_all(images, jobs)
     arms = {"zero": [], "random": []}
-    for s, start in zip(seeds, pictures):
+    for s, start in zip(seeds, images):
         folder = Path(start.out) / "random_projections"
         if not (folder / "model.safetensors").exists():
-            model = STDiT(model_config(start))
-            load_weights(model, start.out)
+            model = load_model(start.out)
             torch.manual_seed(s)
             for block in model.blocks:
                 nn.init.xavier_uniform_(block.attn_temp.proj.weight)
             model.save_pretrained(folder)
         for name, init in (("zero", start.out), ("random", str(folder))):
-            film = arm(name, s, quick, steps=600, image_share=0.0, init=init)
-            arms[name].append((start, film))
+            videos = arm(name, s, quick, steps=600, image_fraction=0.0, init=init)
+            arms[name].append((start, videos))
     return arms
 
 
 def at_step_0(config):
-    """The held-out loss of a run before its first step."""
-    process = Process(0, 1, "cpu")
-    _, held_out, encoders = open_data(config, process)
-    model = STDiT(model_config(config))
-    load_weights(model, config.init)
-    return held_out_loss(config, model, held_out, encoders, process)
+    """The validation loss of a run before its first step."""
+    distributed = Distributed("cpu")
+    _, validation = open_data(config, distributed)
+    return validation_loss(config, load_model(config.init), validation, distributed)
 
 
 def patches(quick, seeds, jobs):
-    """A7 -> {arm: [chains of configurations]}."""
-    options = {"1x2x2": ("toy", 900), "2x2x2": ("toy-2x2x2", 900),
-               "2x2x2, twice the steps": ("toy-2x2x2", 1800)}  # fmt: skip
-    return {name: [(arm(name.replace(", ", "-").replace(" ", "-"), s, quick, model=model,
-                        steps=steps, image_share=0.0, films=0),) for s in seeds]
-            for name, (model, steps) in options.items()}  # fmt: skip
+    """A7 -> {arm: [chains of TrainConfigs]}."""
+    arms, sizes = {}, {"1x2x2": ("toy", 900), "2x2x2": ("toy-2x2x2", 900)}
+    sizes["2x2x2, twice the steps"] = ("toy-2x2x2", 1800)
+    for name, (model, steps) in sizes.items():
+        options = {"model": model, "steps": steps, "image_fraction": 0.0, "num_samples": 0}
+        out = name.replace(", ", "-").replace(" ", "-")
+        arms[name] = [(arm(out, s, quick, **options),) for s in seeds]
+    return arms
 
 
 def progressive(quick, seeds, jobs):
-    """T1 -> {arm: [chains of configurations]}."""
-    stages = (
-        {"size": 32, "steps": 800, "films": 0},
-        {"size": 64, "steps": 300, "films": 0, "lr": 1e-3, "image_share": 0.0, "warmup": 20},
-        {"size": 64, "steps": 150, "films": 0, "lr": 1e-3, "image_share": 0.0, "warmup": 20,
-         "frames": 16, "time_scale": 0.5, "fps": 16},
-    )  # fmt: skip
-    chains = [[arm(f"stage{k + 1}", s, quick, **stage) for k, stage in enumerate(stages)]
-              for s in seeds]  # fmt: skip
+    """T1 -> {arm: [chains of TrainConfigs]}."""
+    small = {"size": 32, "steps": 800, "num_samples": 0}
+    large = {"size": 64, "num_samples": 0, "lr": 1e-3, "image_fraction": 0.0, "warmup": 20}
+    long = large | {"frames": 16, "time_scale": 0.5, "output_fps": 16}
+    stages = (small, large | {"steps": 300}, long | {"steps": 150})
+    chains = [
+        [arm(f"stage{k + 1}", s, quick, **stage) for k, stage in enumerate(stages)] for s in seeds
+    ]
     for chain in chains:
         for k in (1, 2):
             chain[k] = replace(chain[k], init=chain[k - 1].out)
     cost = sum(tflop_until(c, c.steps) for c in chains[0])
-    options = stages[2] | {"lr": 2e-3, "image_share": 0.1, "warmup": 100}  # as the first stage
-    one = arm("", 0, False, **options | {"steps": 1000})
-    steps = round(1000 * cost / tflop_until(one, 1000))
-    at_once = [(arm("at-once", s, quick, **options | {"steps": steps}),) for s in seeds]
-    for k in (0, 1):  # the last stage of all is run with the others
+    start = long | {"lr": 2e-3, "image_fraction": 0.1, "warmup": 100}  # as the first stage
+    steps = round(1000 * cost / tflop_until(arm("", 0, False, steps=1000, **start), 1000))
+    at_once = [(arm("at-once", s, quick, steps=steps, **start),) for s in seeds]
+    for k in (0, 1):  # the last stage runs with the other arm
         run_all([chain[k] for chain in chains], jobs)
     return {"at once": at_once, "progressive": chains}
 
 
 EXPERIMENTS = {"zero": zero, "patches": patches, "progressive": progressive}
-BASE = {"zero": "zero", "patches": "1x2x2", "progressive": "at once"}  # what others differ from
+BASE = {"zero": "zero", "patches": "1x2x2", "progressive": "at once"}  # for differences
+
+
+@dataclass(frozen=True)
+class AblationsConfig:
+    experiment: tyro.conf.Positional[Literal[tuple(EXPERIMENTS)]]  # which to run
+    quick: bool = False  # the same path in a minute, in out/ablations-quick
+    jobs: int = 2  # runs at a time, which share the CPU's cores
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--quick", action="store_true", help="prove the path in a minute")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
-    args = parser.parse_args()
-    if args.quick:
+    c = tyro.cli(AblationsConfig, description=__doc__)
+    if c.quick:
         shutil.rmtree(QUICK, ignore_errors=True)
-    seeds = SEEDS[:1] if args.quick else SEEDS
-    arms = EXPERIMENTS[args.experiment](args.quick, seeds, args.jobs)
-    run_all([chain[-1] for chains in arms.values() for chain in chains], args.jobs)
+    seeds = SEEDS[:1] if c.quick else SEEDS
+    arms = EXPERIMENTS[c.experiment](c.quick, seeds, c.jobs)
+    run_all([chain[-1] for chains in arms.values() for chain in chains], c.jobs)
     results = {name: [collect(*chain) for chain in chains] for name, chains in arms.items()}
-    if args.experiment == "zero":
+    if c.experiment == "zero":
         for name, chains in arms.items():
-            for run, (pictures, film) in zip(results[name], chains):
-                start = {"step": 0, "tflop": tflop_until(pictures, pictures.steps)}
-                run["held_out"].insert(0, start | {"loss": at_step_0(film)})
-    print(summary(results, BASE[args.experiment]))
-    path = Path(QUICK if args.quick else Path(__file__).parent) / "ablations.json"
+            for run, (images, videos) in zip(results[name], chains):
+                start = {"step": 0, "tflop": tflop_until(images, images.steps)}
+                run["validation"].insert(0, start | {"loss": at_step_0(videos)})
+    print(summary(results, BASE[c.experiment]))
+    path = Path(QUICK if c.quick else Path(__file__).parent) / "ablations.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
-    command = f"python benchmarks/ablations.py {args.experiment}"
-    stored[args.experiment] = about(command) | {"seeds": seeds, "results": results}
+    command = f"python benchmarks/ablations.py {c.experiment}"
+    stored[c.experiment] = about(command) | {"seeds": seeds, "results": results}
     path.write_text(json.dumps(stored, indent=1) + "\n")
 
 

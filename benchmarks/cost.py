@@ -1,101 +1,106 @@
-"""What the four designs cost, as films grow longer and larger.
+"""What the four designs cost as videos grow longer and larger.
 
-    python benchmarks/cost.py              # a CPU: 15 minutes; writes cost.json and cost.png
-    python benchmarks/cost.py --quick      # narrow and small, half a minute, writes nothing
+    python benchmarks/cost.py              # CPU: 15 minutes; writes cost.json and cost.png
+    python benchmarks/cost.py --quick      # narrow and small, a minute; writes nothing
 
-One block (of `latte`, and of diffusers' Latte: a pair) of STDiT-XL/2's width between its embedders
-and its final layer, with random weights and latents: parameters, FLOPs, what the forward pass keeps
-for the backward pass, and the time of both, against the number of frames and against the size of a
-frame. What stands at one place of an axis was measured in turns, small shapes 3 to 5 times; on a
-CPU the largest (from 5,000 tokens on) once, so trust their times to a tenth.
+One block of STDiT-XL/2's width (of `latte` and of diffusers' Latte a pair of blocks) with embedders
+and final layer: parameters, FLOPs of forward and backward, what the forward pass keeps for the
+backward pass, and the time of both, against the number of frames and against their size. The
+designs of one shape are measured in turns, 3 to 5 times; on a CPU from 5,000 tokens on once, which
+is good to about 10%.
 
-FLOPs are torch's count of one forward pass, times three. A token of the designs with factorized
-attention looks at S + T others (its frame, its patch through time), a token of `full` at all S*T.
-So with more frames the cost of `full` grows with their square, and the others' hardly faster than
-their number; with larger frames every design's attention grows with the square of S. What `full`
-*keeps* is no more: fused attention never stores its S*T x S*T matrix.
+In factorized attention a token attends to S + T others (its frame, its patch through time), in
+`full` to all S*T. So with more frames the cost of `full` grows with their square, that of the
+others hardly faster than linearly; with larger frames attention grows with S^2 in every design.
+`full` *keeps* no more than the others: fused attention never stores its S*T x S*T matrix.
 """
 
-import argparse
 import json
-import os
-import platform
-import sys
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import tyro
+from speed import Latte, about, add_flops, compare, flops_per_clip, make, table  # sets the path
 
-from speed import compare, flops, latte, table  # first: it puts the project on the path
-from stdit import MODELS, VARIANTS, STDiT
+from stdit import MODELS, VARIANTS
 
 FRAMES, FRAME_SIZE = (4, 8, 16, 32, 64), 256  # all of 256x256, as in v1's first stage
 SIZES, SIZE_FRAMES = (128, 256, 384, 512), 16  # all of 16 frames
-COLOURS = {"full": "C3", "sequential": "C0", "parallel": "C2", "latte": "C1",
-           "diffusers' Latte": "0.5"}  # fmt: skip
+COLORS = {"full": "C3", "sequential": "C0", "parallel": "C2", "latte": "C1"}
+COLORS["diffusers' Latte"] = "0.5"
 
 
-def maker(name, config, frames, size):
-    """A function that makes a design for films of this shape."""
+def latents(frames, size):
+    return 4, frames, size // 8, size // 8  # [C, T, H, W]
+
+
+def maker(name, config, shape):
+    """A function that makes a design for clips of this shape."""
     if name in VARIANTS:
-        return lambda: STDiT(replace(config, variant=name))
-    return lambda: latte(config, frames, size // 8)
+        return partial(make, replace(config, variant=name))
+    return partial(Latte, config, shape)
 
 
 def measure(config, frames, size, device):
-    """{design: figures} at one shape; one training step of each design before the ones timed."""
+    """{design: figures} at one shape."""
     torch.manual_seed(0)
-    shape, tokens = (4, frames, size // 8, size // 8), frames * size**2 // 256
-    makers = {name: maker(name, config, frames, size) for name in COLOURS}
+    shape, tokens = latents(frames, size), frames * size**2 // 256
+    makers = {name: maker(name, config, shape) for name in COLORS}
     repeats = 5 if tokens < 1500 else 3 if tokens < 5000 or device == "cuda" else 1
     figures = compare(makers, config, shape, 1, device, repeats)
-    for name, make in makers.items():
-        figures[name]["tflop"] = flops(make, config, shape) / 1e12
-        figures[name]["parameters"] = sum(p.numel() for p in make().parameters())
+    for name, make_model in makers.items():
+        add_flops(figures[name], make_model, shape, 1, device)
+        figures[name]["parameters"] = sum(p.numel() for p in make_model().parameters())
     return figures
 
 
 def crossings(config, points):
     """{other design: {figure: frames}}: the first number of frames at which `full` has more FLOPs,
-    and the one at which lines between measured times cross (None: nowhere among them).
+    and the one at which lines through the measured times cross (None: outside them).
     """
-    frames, found, side = [int(n) for n in points], {}, FRAME_SIZE // 8
+    frames, found = [int(n) for n in points], {}
 
-    def count(name, T):
-        return flops(maker(name, config, T, FRAME_SIZE), config, (4, T, side, side))
+    @lru_cache
+    def flops(name, T):
+        shape = latents(T, FRAME_SIZE)
+        with torch.device("meta"):
+            return flops_per_clip(maker(name, config, shape)(), shape)
 
-    for name in COLOURS:
+    for name in COLORS:
         if name == "full":
             continue
-        more = (T for T in range(2, 1000) if count("full", T) > count(name, T))
-        lead = [p["full"]["seconds"] - p[name]["seconds"] for p in points.values()]
-        cross = (frames[i] + (frames[i + 1] - frames[i]) * lead[i] / (lead[i] - lead[i + 1])
-                 for i in range(len(lead) - 1) if lead[i] <= 0 < lead[i + 1])  # fmt: skip
-        found[name] = {"flops": next(more), "seconds": next(cross, None)}
+        more = next(T for T in range(2, 1000) if flops("full", T) > flops(name, T))
+        lead, cross = [p["full"]["seconds"] - p[name]["seconds"] for p in points.values()], None
+        for i in range(len(lead) - 1):
+            if lead[i] <= 0 < lead[i + 1] and cross is None:
+                part = lead[i] / (lead[i] - lead[i + 1])
+                cross = frames[i] + (frames[i + 1] - frames[i]) * part
+        found[name] = {"flops": more, "seconds": cross}
     return found
 
 
 def plot(results, path):
-    """Two rows, against frames and against size; FLOPs, kept memory and time."""
+    """FLOPs, kept memory and time: a row against frames, a row against size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.6), layout="constrained")
-    columns = {"tflop": "TFLOP", "activation_gb": "kept for the backward pass, GB",
-               "seconds": "time, s"}  # fmt: skip
-    rows = {"frames": f"frames of {FRAME_SIZE}×{FRAME_SIZE}",
-            "sizes": f"pixels a side, {SIZE_FRAMES} frames"}  # fmt: skip
+    columns = {"tflop": "TFLOP", "activation_gb": "kept for the backward pass, GB"}
+    columns["seconds"] = "time, s"
+    rows = {"frames": f"frames of {FRAME_SIZE}×{FRAME_SIZE}"}
+    rows["sizes"] = f"height and width in pixels, {SIZE_FRAMES} frames"
     axes = figure.subplots(2, 3)
     for axis_row, (key, label) in zip(axes, rows.items()):
         points = results[key]
         xs = [int(n) for n in points]
         for axis, (column, title) in zip(axis_row, columns.items()):
-            for k, (name, colour) in enumerate(COLOURS.items()):
+            for marker, (name, color) in zip("osD^x", COLORS.items()):
                 ys = [figures[name][column] for figures in points.values()]
                 style = "--" if "diffusers" in name else "-"
-                axis.plot(xs, ys, style, marker="osD^x"[k], ms=5, color=colour, label=name)
-            axis.set(title=f"{title}", xlabel=label, xscale="log", yscale="log")
+                axis.plot(xs, ys, style, marker=marker, ms=5, color=color, label=name)
+            axis.set(title=title, xlabel=label, xscale="log", yscale="log")
             axis.set_xticks(xs, [str(x) for x in xs])
             low, high = axis.get_ylim()
             marks = [m for m in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low < m < high]
@@ -108,29 +113,27 @@ def plot(results, path):
     figure.savefig(path, dpi=100)
 
 
+@dataclass(frozen=True)
+class CostConfig:
+    quick: bool = False  # narrow and small, a minute; writes nothing
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="prove the path in half a minute")
-    quick = parser.parse_args().quick
+    quick = tyro.cli(CostConfig, description=__doc__).quick
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, frames, sizes = replace(MODELS["STDiT-XL/2"], depth=1), FRAMES, SIZES
     if quick:
         config, frames, sizes = replace(config, hidden_size=128), (4, 8, 16), (128, 256)
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    results = {"machine": torch.cuda.get_device_name() if device == "cuda" else machine,
-               "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-               "command": "python benchmarks/cost.py", "frames": {}, "sizes": {}}  # fmt: skip
+    results = about("python benchmarks/cost.py", device) | {"frames": {}, "sizes": {}}
     columns = ["parameters", "tflop", "activation_gb", "seconds", "tokens_per_second"]
-    for key, shapes in (("frames", [(n, FRAME_SIZE) for n in frames]),
-                        ("sizes", [(SIZE_FRAMES, n) for n in sizes])):  # fmt: skip
-        for shape in shapes:
-            with get_context("spawn").Pool(1) as fresh:  # else allocators keep what was freed
-                figures = fresh.apply(measure, (config, *shape, device))
-            results[key][str(shape[key == "sizes"])] = figures
-            table(f"{shape[0]} frames of {shape[1]}x{shape[1]}", figures, columns)
-            sys.stdout.flush()
+    shapes = [("frames", n, FRAME_SIZE) for n in frames]
+    for key, T, size in shapes + [("sizes", SIZE_FRAMES, n) for n in sizes]:
+        with get_context("spawn").Pool(1) as fresh:  # else allocators keep what was freed
+            figures = fresh.apply(measure, (config, T, size, device))
+        results[key][str(T if key == "frames" else size)] = figures
+        table(f"{T} frames of {size}x{size}", figures, columns)
     results["crossings"] = crossings(config, results["frames"])
-    print("\nframes from which `full` is the dearer:", json.dumps(results["crossings"], indent=1))
+    print("\nframes from which `full` costs more:", json.dumps(results["crossings"], indent=1))
     if not quick:
         here = Path(__file__).parent
         (here / "cost.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -1,142 +1,125 @@
-"""The report's comparison of four designs (A4), on the toy: which learns best, at what cost?
+"""The report's comparison of four designs (A4) on the toy: which learns best, at what cost?
 
     python benchmarks/designs.py           # 4 designs x 3 seeds: 1.5 hours, 2 cores; resumes
-    python benchmarks/designs.py --quick   # proves the path in a minute, in out/designs-quick
+    python benchmarks/designs.py --quick   # the same path in a minute, in out/designs-quick
 
-Each design is trained by train.py as the preset `toy` has it, but for 2,000 steps: that preset's
-5,000 bring `sequential` to 98% of right films, where no design could be told from another.
-Before any ranking was seen this was fixed, and the rule: if in no bin of t, nor in the share of
-right films, two designs differ (mean over seeds of the difference) by more than that difference
-varies (from its least to its largest), the toy is made harder.
+Each design is trained by train.py with the preset `toy` for 2,000 steps; with its 5,000 steps 98%
+of the videos of `sequential` match their captions, so no design could be told from another. The
+steps were fixed before any ranking was seen, and so was this rule: if no two designs differ, in any
+bin of t or in the fraction of matches, by more (mean over seeds) than that difference varies (from
+its minimum to its maximum), the toy is made harder.
 
-What is paired: with one seed, all designs see the same clips, noise, timesteps and dropped captions
-and are asked the same held-out questions, so differences are taken seed by seed. Initial weights
-are not. What may favour one: the preset's learning rate, loss weights and guidance were chosen on
-`sequential`; and in the first tenth of the steps, on single frames, `latte` trains its temporal
-blocks on films of one frame, which the others leave as they are. Parameters are not equalised, as
-in the report. `latte` has as many *pairs* of blocks as the others have blocks: all but `full` have
-2 self-attentions per unit of depth, `full` has one.
+Runs of one seed see the same clips, noise, timesteps and dropped captions, and the same validation
+noise, so differences are taken seed by seed. Initial weights are not paired. Possible bias: the
+learning rate, the loss weights and the guidance of the preset were chosen on `sequential`; in the
+first tenth of the steps, on single frames, `latte` trains its temporal blocks on one frame, and the
+others skip that update. Parameter counts are not equalized, as in the report. `latte` has as many
+*pairs* of blocks as the others have blocks: all but `full` have 2 self-attentions per unit of
+depth, `full` has one.
 
-Writes benchmarks/designs.json and designs.png: the held-out loss of the noise in four bins of t and
-the share of captions whose films are right, against steps and against the FLOPs of training. (The
-learning rate falls to 0 with the last step, so against FLOPs only the curves' ends compare. And in
-films of 8 x 16 tokens `full` is the cheapest: what it costs in large ones is in cost.py.)
+Writes benchmarks/designs.json and designs.png: validation loss in four bins of t and the fraction
+of captions that the videos match, against steps and training FLOPs. (The learning rate falls to 0
+with the last step, so against FLOPs only the ends of the curves compare. For 8 x 16 tokens `full`
+is the cheapest; cost.py measures larger videos.)
 """
 
-import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import tyro
+from speed import about, flops_per_clip, latent_shape  # first: it puts the project on the path
 from tqdm import tqdm
 
+from data import Distributed
+from sample import newest_checkpoint
+from stdit import STDiT
+from train import PRESETS, TrainConfig, model_config, read_metrics, toy_caches
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from data import Process  # noqa: E402
-from stdit import STDiT  # noqa: E402
-from train import (  # noqa: E402
-    PRESETS, Cost, Encoders, model_config, prepare_toy, read_metrics,
-)  # fmt: skip
-
 SEEDS = (0, 1, 2)
-SETTING = {"steps": 2000, "eval_every": 250, "film_every": 500, "save_every": 500, "keep": 1}
-QUICK = {"steps": 6, "eval_every": 3, "film_every": 6, "save_every": 6, "keep": 1, "film_steps": 2,
-         "toy_clips": 84, "warmup": 1}  # fmt: skip
-COLOURS = {"full": "C3", "sequential": "C0", "parallel": "C2", "latte": "C1"}
-BINS = ("t 0-249", "t 250-499", "t 500-749", "t 750-999")
-
+SETTING = {"steps": 2000, "eval_every": 250, "sample_every": 500, "save_every": 500}
+SETTING |= {"keep_checkpoints": 1}
+QUICK = {"steps": 6, "eval_every": 3, "sample_every": 6, "save_every": 6, "keep_checkpoints": 1}
+QUICK |= {"sample_steps": 2, "toy_clips": 84, "warmup": 1}
+COLORS = {"full": "C3", "sequential": "C0", "parallel": "C2", "latte": "C1"}
+BINS = ("0-249", "250-499", "500-749", "750-999")  # of t
 
 # ---------------------------------------------------------------------------------------------
-# Many runs of train.py, some at a time, each with its share of the cores
+# Many runs of train.py
 
 
 def finished(config):
-    """Whether a run has come to its end."""
-    end = [m for m in read_metrics(config.out) if m["step"] == config.steps]
-    filmed = not config.films or any("films" in m for m in end)
-    return filmed and any("held_out" in m for m in end)
+    """Whether a run has written its last validation loss and its last samples."""
+    end = {k for m in read_metrics(config.out) if m["step"] == config.steps for k in m}
+    return "validation" in end and ("samples" in end or config.num_samples == 0)
 
 
 def check_unchanged(config):
-    """What lies in a run's folder must have been trained as it is asked for now."""
-    for path in sorted(Path(config.out).glob("checkpoints/step_*/state.json"))[-1:]:
-        stored, asked = json.loads(path.read_text())["config"], asdict(config)
-        for k in stored.keys() - {"out", "device"}:
-            if stored[k] != asked.get(k):
-                raise SystemExit(f"{config.out} was trained with {k}={stored[k]}, not "
-                                 f"{asked.get(k)}: remove it")  # fmt: skip
+    """A run found in its folder must have been trained with the options asked for now."""
+    if checkpoint := newest_checkpoint(config.out):
+        stored = TrainConfig(**json.loads((checkpoint / "state.json").read_text())["config"])
+        if stored != replace(config, resume=True):
+            raise SystemExit(f"{config.out} was trained with other options: remove it")
 
 
 def run_all(runs, jobs):
-    """Train those of the runs, [TrainConfig], that are not finished yet, `jobs` at a time. One that
-    begins with the weights of another belongs in a later call. Each writes what it says to log.txt
-    in its folder; no other process may be at work there.
+    """Train those of the runs, [TrainConfig], that are not finished, `jobs` at a time. A run that
+    starts from the weights of another belongs in a later call. Output goes to log.txt in the run's
+    folder.
     """
-    base, environment = PRESETS["toy"], dict(os.environ)
-    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    encoders = Encoders({"vae": base.vae, "t5": base.t5}, 16, "cpu")
-    for c in {(c.frames, c.size, c.toy_clips): c for c in runs}.values():
-        prepare_toy(c, encoders)  # now, once, and not by several runs at the same time
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
     for c in runs:
         check_unchanged(c)
+        toy_caches(c, Distributed("cpu"))  # now, not in several runs at the same time
 
     def run(config):
-        options = [f"--{k}={v}" for k, v in vars(config).items() if v != getattr(base, k)]
+        default = PRESETS["toy"]
+        options = [f"--{k}={v}" for k, v in vars(config).items() if v != getattr(default, k)]
         Path(config.out).mkdir(parents=True, exist_ok=True)
         with open(Path(config.out) / "log.txt", "a") as log:
             command = [sys.executable, str(ROOT / "train.py"), "--resume", *options]
             subprocess.run(command, stdout=log, stderr=log, env=environment)
-        if not finished(config):  # it failed, or was stopped
+        if not finished(config):
             raise SystemExit(f"{config.out} is not finished: see {config.out}/log.txt")
 
-    steps_of = lambda c: max((m["step"] for m in read_metrics(c.out)), default=0)  # noqa: E731
-    done = lambda: sum(steps_of(c) for c in runs)  # noqa: E731
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run, config) for config in runs if not finished(config)]
-        bar = tqdm(total=sum(c.steps for c in runs), initial=done(), unit="step")
-        try:
-            while not all(future.done() for future in futures):
-                time.sleep(5)
-                bar.update(done() - bar.n)
-                for future in futures:
-                    if future.done():
-                        future.result()  # raises what was raised there
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            bar.close()
-        for future in futures:
-            future.result()
+    pool = ThreadPoolExecutor(jobs)
+    futures = [pool.submit(run, config) for config in runs if not finished(config)]
+    try:
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+            future.result()  # raises what was raised there
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @lru_cache
 def tflop_per_step(config, frames):
-    """TFLOP of one training step on clips of so many frames."""
-    one_clip = Cost(replace(config, frames=frames), Process(0, 1, "cpu")).flops
-    return config.batch_size * one_clip / 1e12
+    """TFLOP of a training step on clips of this many frames."""
+    shape = latent_shape(replace(config, frames=frames))
+    with torch.device("meta"):
+        model = STDiT(model_config(config))
+    return config.batch_size * flops_per_clip(model, shape) / 1e12
 
 
 def tflop_until(config, step):
-    """TFLOP of a run's first steps: of those on pictures, then of those on films."""
-    pictures = min(step, math.ceil(config.image_share * config.steps))
-    films = (step - pictures) * tflop_per_step(config, config.frames)
-    return films + pictures * tflop_per_step(config, 1) if pictures else films
+    """TFLOP of a run's first steps: those on single frames, then those on videos."""
+    images = min(step, math.ceil(config.image_fraction * config.steps))
+    videos = (step - images) * tflop_per_step(config, config.frames)
+    return videos + images * tflop_per_step(config, 1) if images else videos
 
 
 def collect(*chain):
-    """The figures of a finished run, the last of a chain of runs of which each went on from the one
-    before; the TFLOP are of all of them.
+    """The figures of a finished run, the last of a chain of runs each of which started from the one
+    before; TFLOP are of the whole chain.
     """
     config, before = chain[-1], sum(tflop_until(c, c.steps) for c in chain[:-1])
     lines, model = read_metrics(config.out), STDiT(model_config(config))
@@ -148,58 +131,51 @@ def collect(*chain):
         "parameters": sum(p.numel() for p in model.parameters()),
         "self_attentions": sum("qkv.weight" in name for name, _ in model.named_parameters()),
         "tflop_per_step": tflop_per_step(config, config.frames),
-        "held_out": [at(m) | {"loss": m["held_out"]} for m in lines if "held_out" in m],
-        "films": [at(m) | {"counts": m["accuracy"]} for m in lines if "films" in m],
+        "validation": [at(m) | {"loss": m["validation"]} for m in lines if "validation" in m],
+        "accuracy": [at(m) | m["accuracy"] for m in lines if "accuracy" in m],
     }
 
 
-def about(command):
-    """What stands beside every measurement."""
-    return {"command": command, "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------
-# What they say
+# Tables and curves
 
 
-def right(counts):
-    """The share of the toy's 48 captions that are filmed right: of 42 seen and 6 unseen ones, each
-    of which is filmed once, but at a run's end 2 and 8 times.
-    """
-    return (42 * counts[1] / counts[0] + 6 * counts[6] / counts[5]) / 48
+def matching(point):
+    """The fraction of the toy's 48 captions, 42 seen and 6 unseen, that the videos match."""
+    (seen, n), (unseen, m) = point["seen"], point["unseen"]
+    return (42 * seen / n + 6 * unseen / m) / 48
 
 
 def difference(values, others, unit):
-    """" (mean, least to largest)" of differences seed by seed."""
+    """(mean, minimum to maximum) of differences seed by seed, as text."""
     each = [a - b for a, b in zip(values, others)]
     return f" ({statistics.mean(each):+.1f}{unit}, {min(each):+.1f} to {max(each):+.1f})"
 
 
 def summary(results, base):
-    """Two tables of what runs came to at their end, {name: [figures of a run for each seed]}: cost
-    and films (if any), and held-out loss; in brackets, differences to the one called `base`, seed
-    by seed.
+    """Two tables of the ends of runs, {name: [figures of a run per seed]}: cost and, if there are
+    sample videos, matches; validation loss. In brackets, differences to `base` seed by seed.
     """
-    films = all(run["films"] for seeds in results.values() for run in seeds)
-    lines = ["| | parameters | self-attentions | steps | TFLOP |" + films * (
-        " right films, of seen captions | of unseen | captions right, % |")]  # fmt: skip
-    lines.append("|---" * lines[0].count(" |") + "|")
+    videos = all(run["accuracy"] for seeds in results.values() for run in seeds)
+    header = "| | parameters | self-attentions | steps | TFLOP |"
+    header += " matches, seen captions | unseen captions | captions matched, % |" * videos
+    lines = [header, "|---" * header.count(" |") + "|"]
     for name, seeds in results.items():
-        run, end = seeds[0], seeds[0]["held_out"][-1]
-        cells = [name, f"{run['parameters']:,}", str(run["self_attentions"]), f"{end['step']:,}",
-                 f"{end['tflop']:.1f}"]  # fmt: skip
-        if films:
-            counts = [r["films"][-1]["counts"] for r in seeds]
-            cells += [f"{', '.join(str(c[k + 1]) for c in counts)} of {counts[0][k]}"
-                      for k in (0, 5)]  # fmt: skip
-            share, other = ([100 * right(r["films"][-1]["counts"]) for r in results[n]]
-                            for n in (name, base))  # fmt: skip
-            more = difference(share, other, "") if name != base else ""
-            cells.append(f"{statistics.mean(share):.0f}{more}")
+        run, end = seeds[0], seeds[0]["validation"][-1]
+        cells = [name, f"{run['parameters']:,}", str(run["self_attentions"]), f"{end['step']:,}"]
+        cells.append(f"{end['tflop']:.1f}")
+        if videos:
+            for kind in ("seen", "unseen"):
+                counts = [r["accuracy"][-1][kind] for r in seeds]
+                cells.append(f"{', '.join(str(n) for n, _ in counts)} of {counts[0][1]}")
+            percent, other = (
+                [100 * matching(r["accuracy"][-1]) for r in results[n]] for n in (name, base)
+            )
+            more = difference(percent, other, "") if name != base else ""
+            cells.append(f"{statistics.mean(percent):.0f}{more}")
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"| held-out loss, t | {' | '.join(b[2:] for b in BINS)} |", "|---" * 5 + "|"]
-    losses = {n: [run["held_out"][-1]["loss"] for run in runs] for n, runs in results.items()}
+    lines += ["", f"| validation loss, t | {' | '.join(BINS)} |", "|---" * 5 + "|"]
+    losses = {n: [run["validation"][-1]["loss"] for run in runs] for n, runs in results.items()}
     for name, seeds in losses.items():
         cells = []
         for b in range(4):
@@ -212,28 +188,32 @@ def summary(results, base):
 
 
 def plot(results, path):
-    """Five rows (four bins of t, films), against steps (left) and training FLOPs (right)."""
+    """Five rows (four bins of t, matches), against steps (left) and training TFLOP (right)."""
     from matplotlib.figure import Figure
     from PIL import Image
 
     figure = Figure(figsize=(9, 13), layout="constrained")
     axes = figure.subplots(5, 2, sharey="row", sharex="col")
+
+    def draw(axis, xs, ys, design):
+        """The mean of ys [len(xs)][seeds], in a band from minimum to maximum."""
+        low, high = [min(y) for y in ys], [max(y) for y in ys]
+        axis.plot(xs, [statistics.mean(y) for y in ys], color=COLORS[design], label=design)
+        axis.fill_between(xs, low, high, color=COLORS[design], alpha=0.15, linewidth=0)
+
     for column, unit in enumerate(("step", "tflop")):
         for design, seeds in results.items():
-            colour = COLOURS[design]
+            points = list(zip(*(run["validation"] for run in seeds)))  # [points][seeds]
             for b in range(4):
-                xs = [point[unit] for point in seeds[0]["held_out"]]
-                ys = list(zip(*([point["loss"][b] for point in run["held_out"]] for run in seeds)))
-                draw(axes[b, column], xs, ys, colour, design)
-            xs = [point[unit] for point in seeds[0]["films"]]
-            ys = [[right(point["counts"]) for point in points]
-                  for points in zip(*(run["films"] for run in seeds))]  # fmt: skip
-            draw(axes[4, column], xs, ys, colour, design)
+                ys = [[run["loss"][b] for run in point] for point in points]
+                draw(axes[b, column], [point[0][unit] for point in points], ys, design)
+            points = list(zip(*(run["accuracy"] for run in seeds)))
+            ys = [[matching(run) for run in point] for point in points]
+            draw(axes[4, column], [point[0][unit] for point in points], ys, design)
         for b in range(4):
             axes[b, column].set(yscale="log")
-    for row, title in enumerate((*BINS, "share of captions filmed right")):
-        axes[row, 0].set_ylabel(title if row == 4 else f"held-out loss, {title}")
-    axes[4, 0].set(xlabel="steps", ylim=(0, None))
+            axes[b, 0].set_ylabel(f"validation loss, t {BINS[b]}")
+    axes[4, 0].set(ylabel="fraction of captions matched", xlabel="steps", ylim=(0, None))
     axes[4, 1].set(xlabel="TFLOP of training")
     for axis in axes.flat:
         axis.grid(color="0.9", which="both")
@@ -244,31 +224,28 @@ def plot(results, path):
     picture.save(path, optimize=True)  # half as large
 
 
-def draw(axis, xs, ys, colour, label):
-    """A line of means through ys [len(xs)][seeds], in a band from the least to the largest."""
-    axis.plot(xs, [statistics.mean(y) for y in ys], color=colour, label=label)
-    axis.fill_between(xs, [min(y) for y in ys], [max(y) for y in ys], color=colour, alpha=0.15,
-                      linewidth=0)  # fmt: skip
+@dataclass(frozen=True)
+class DesignsConfig:
+    quick: bool = False  # the same path in a minute, in out/designs-quick
+    jobs: int = 2  # runs at a time, which share the CPU's cores
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="prove the path in a minute")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
-    args = parser.parse_args()
-    setting, seeds = (QUICK, SEEDS[:1]) if args.quick else (SETTING, SEEDS)
-    folder = Path("out/designs-quick" if args.quick else "out/designs")
-    if args.quick:
+    c = tyro.cli(DesignsConfig, description=__doc__)
+    setting, seeds = (QUICK, SEEDS[:1]) if c.quick else (SETTING, SEEDS)
+    folder = Path("out/designs-quick" if c.quick else "out/designs")
+    if c.quick:
         shutil.rmtree(folder, ignore_errors=True)
-    runs = {f"{variant}-{seed}": replace(PRESETS["toy"], variant=variant, seed=seed,
-                                         out=f"{folder}/{variant}-{seed}", **setting)
-            for seed in seeds for variant in COLOURS}  # fmt: skip
-    run_all([*runs.values()], args.jobs)
-    results = {v: [collect(runs[f"{v}-{seed}"]) for seed in seeds] for v in COLOURS}
+    runs = {}
+    for variant in COLORS:
+        options = [{"seed": s, "out": f"{folder}/{variant}-{s}"} for s in seeds]
+        runs[variant] = [replace(PRESETS["toy"], variant=variant, **setting, **o) for o in options]
+    run_all([run for group in zip(*runs.values()) for run in group], c.jobs)  # seed by seed
+    results = {variant: [collect(run) for run in group] for variant, group in runs.items()}
     print(summary(results, "sequential"))
     stored = about("python benchmarks/designs.py") | {"seeds": seeds, "setting": setting}
+    target = folder if c.quick else Path(__file__).parent
     text = json.dumps(stored | {"results": results}, indent=1)
-    target = folder if args.quick else Path(__file__).parent
     (target / "designs.json").write_text(text + "\n")
     plot(results, target / "designs.png")
 

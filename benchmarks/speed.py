@@ -1,71 +1,164 @@
-"""Speed and memory of training and sampling, on whatever machine this is.
+"""Speed and memory of training and sampling on this machine, with random weights and latents.
 
-    python benchmarks/speed.py                 # a CPU: small sizes, 5 minutes; CUDA: v1's stages
+    python benchmarks/speed.py                  # CPU: small sizes, 5 minutes; CUDA: v1's stages
+    python benchmarks/speed.py --quick          # tiny sizes, seconds; writes nothing
+    python benchmarks/speed.py --project 0.4    # calculate v1's stages on many GPUs
     MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/speed.py --step
-                                               # one AdamW step of XL/2 at 16x512x512; Linux, 24 GB
+                                                # one step of XL/2 at 16x512x512; Linux, 24 GB
 
-Random weights and latents. A table is of one run (that of --step: one run a line), on a CPU in
-turns, so that ratios hold also where the machine is noisy; times are medians. Beside ours stands
-diffusers' Latte, of the same width, depth and shape: the nearest thing that many people use.
-Latte's depth counts pairs of blocks, one of space and one of time, each with an MLP; ours is one
-block with both attentions, so at equal depth Latte has 26 C^2 multiplications a token and layer,
-ours 18 C^2; besides, 2 C^2 for each token of the caption, which Latte repeats for every frame.
-Writes benchmarks/speed.json.
+Models of a table are measured in turns, so ratios hold on a noisy machine; times are medians. The
+reference is diffusers' Latte of the same width, depth and shape. Its depth counts pairs of blocks,
+spatial and temporal, each with an MLP, so at equal depth it has 26 D^2 multiplications per token
+and layer, STDiT 18 D^2; each also has 2 D^2 per caption token, which Latte repeats for every frame.
+Results go to benchmarks/speed.json.
 
-(The environment variable keeps glibc from holding on to freed tensors of less than 32 MB, which at
-16x256x256 added 5 GB to the peak.)
-
-FLOPs are counted by torch (a multiplication and an addition are two), three times the forward pass
-for a training step; what is recomputed does not count as work done. Activation memory is what the
-forward pass keeps for the backward pass, each storage once, without the weights (but with their
-copies in bf16, on CUDA).
+MALLOC_MMAP_THRESHOLD_ keeps glibc from holding on to freed tensors of less than 32 MB, which added
+5 GB to the peak at 16x256x256.
 """
 
-import argparse
 import gc
-import inspect
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler is silent
+
 import torch
-from torch.utils.checkpoint import checkpoint
+import torch.nn as nn
+import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sample import autocast, sample  # noqa: E402
-from stdit import MODELS, STDiT, checkpoint_blocks  # noqa: E402
-from train import PEAK, PRESETS, Cost, Process, latent_shape, predicted_memory  # noqa: E402
+import train
+from sample import autocast, sample
+from stdit import MODELS, STDiT, STDiTBlock
+from train import PRESETS
+
+# TFLOP/s of dense bf16 matrix products from the data sheets, of SXM modules; PCIe cards have less
+PEAK = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362}
+PEAK |= {"RTX 4090": 165, "RTX 3090": 71}
+XL = MODELS["STDiT-XL/2"]
+
+# ---------------------------------------------------------------------------------------------
+# Models and inputs
 
 
-def latte(config, frames, size):
-    """diffusers' Latte with the width, depth and heads of a configuration, called as ours is."""
-    from diffusers import LatteTransformer3DModel
-
-    model = LatteTransformer3DModel(
-        num_attention_heads=config.num_heads, num_layers=config.depth, in_channels=4,
-        attention_head_dim=config.hidden_size // config.num_heads, out_channels=8, patch_size=2,
-        cross_attention_dim=config.hidden_size, caption_channels=config.caption_channels,
-        sample_size=size, video_length=frames, attention_bias=True, norm_eps=1e-6,
-        activation_fn="gelu-approximate", norm_type="ada_norm_single", num_embeds_ada_norm=1000,
-        norm_elementwise_affine=False,
-    )  # fmt: skip
-    forward = model.forward
-    model.forward = lambda x, t, y: forward(x, t, y).sample
+def make(config, activation_checkpointing="none", compile=False):
+    """An STDiT; its blocks are checkpointed and compiled as in train.parallelize."""
+    model = STDiT(config)
+    for block in model.blocks:
+        block.activation_checkpointing = activation_checkpointing
+        if compile:
+            block.compile(dynamic=False)
     return model
 
 
-def inputs(config, shape, batch, device):
-    """Random x [B, C, T, h, w], t [B], y [B, L, E]: all captions have their full length."""
-    x = torch.randn(batch, *shape, device=device)
-    t = torch.randint(1000, (batch,), device=device)
-    return x, t, torch.randn(batch, config.caption_length, config.caption_channels, device=device)
+class Latte(nn.Module):
+    """diffusers' Latte with the width, depth and heads of an STDiTConfig, called like STDiT."""
+
+    def __init__(self, config, shape, gradient_checkpointing=False):
+        from diffusers import LatteTransformer3DModel
+
+        super().__init__()
+        self.config, (_, T, _, W) = config, shape
+        D, heads = config.hidden_size, config.num_heads
+        sizes = {"num_layers": config.depth, "num_attention_heads": heads, "in_channels": 4}
+        sizes |= {"attention_head_dim": D // heads, "cross_attention_dim": D, "out_channels": 8}
+        sizes |= {"caption_channels": config.caption_channels, "patch_size": 2}
+        options = {"attention_bias": True, "activation_fn": "gelu-approximate", "norm_eps": 1e-6}
+        options |= {"norm_type": "ada_norm_single", "norm_elementwise_affine": False}
+        options |= {"num_embeds_ada_norm": 1000, "sample_size": W, "video_length": T}
+        self.model = LatteTransformer3DModel(**sizes, **options)
+        if gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+
+    def forward(self, x, t, y):
+        return self.model(x, t, y).sample
+
+
+def latent_shape(config):
+    """(C, T, H, W) of a TrainConfig's clips."""
+    return 4, config.frames, config.size // 8, (config.width or config.size) // 8
+
+
+def inputs(config, shape, clips, device):
+    """Random x [B, C, T, H, W], t [B], y [B, L, E] without padding."""
+    x = torch.randn(clips, *shape, device=device)
+    t = torch.randint(1000, (clips,), device=device)
+    return x, t, torch.randn(clips, config.caption_length, config.caption_channels, device=device)
+
+
+# ---------------------------------------------------------------------------------------------
+# FLOPs and memory, without running a step
+
+
+def flops_per_clip(model, shape):
+    """FLOPs of forward and backward on one clip with latents `shape` (C, T, H, W): 2 for a
+    multiplication and an addition. The model is on the meta device. Only gradients that
+    requires_grad asks for are counted: with none, the forward pass. Recomputation would be counted
+    too, so the model should be without activation checkpointing.
+    """
+    batch = inputs(model.config, shape, 1, "meta")
+    with FlopCounterMode(display=False) as counter:
+        out = model(*batch)
+        if out.requires_grad:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+def kept_bytes(forward, device="cpu"):
+    """Bytes that forward() allocates and that live as long as its output: the output itself, and
+    what is kept for the backward pass.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        out = forward()
+        return torch.cuda.memory_allocated() - before
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        out = forward()  # noqa: F841  alive until the profile ends
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+def predicted_memory(model, shape, clips=1, bf16=False):
+    """GB of a training process that takes `clips` clips with latents `shape` at a time: fp32
+    weights and EMA; for trainable weights the gradient and AdamW's two moments; and what the blocks
+    keep for the backward pass, measured on few tokens and scaled up. Not counted: embedders, final
+    layer, frozen encoders, temporary buffers. The model may be on the meta device; requires_grad
+    and activation_checkpointing are taken from it.
+    """
+    c, mode, (_, T, H, W) = model.config, model.blocks[0].activation_checkpointing, shape
+    fixed = sum(p.numel() * (20 if p.requires_grad else 8) for p in model.parameters())
+    (pt, ph, pw), block = c.patch_size, STDiTBlock(c)
+    for p, of_model in zip(block.parameters(), model.blocks[0].parameters()):
+        p.requires_grad_(of_model.requires_grad)
+    frames, S, few = clips * T // pt, H // ph * (W // pw), 64  # patches per frame, as measured
+
+    def block_bytes(mode):
+        block.activation_checkpointing, kept = mode, []
+        for n in (1, 2):  # frames
+            sizes = (n, few), (math.ceil(c.caption_length * few / S),), (6,)
+            x, y, m = (torch.zeros(1, *size, c.hidden_size, requires_grad=True) for size in sizes)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                kept.append(kept_bytes(lambda: block(x, y, None, m, 0.0)))
+        per_frame = kept[1] - kept[0]
+        return kept[0] - per_frame + frames * S / few * per_frame
+
+    recomputed = 0 if mode == "none" else block_bytes("none")  # one block at a time, in backward
+    return (fixed + c.depth * block_bytes(mode) + recomputed) / 1e9
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
 
 
 def wait(device):
@@ -74,7 +167,7 @@ def wait(device):
 
 
 def training_step(model, batch, device):
-    """Forward, backward; -> seconds."""
+    """Forward and backward -> seconds."""
     model.zero_grad()
     wait(device)
     start = time.perf_counter()
@@ -85,265 +178,235 @@ def training_step(model, batch, device):
     return time.perf_counter() - start
 
 
-def kept(model, batch, device):
-    """Bytes that the forward pass keeps for the backward pass."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held = {}
-
-    def hold(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        with autocast(device):
-            out = model(*batch)  # noqa: F841  alive until the sum is taken
-    return sum(held.values())
-
-
-def flops(make, config, shape):
-    """FLOPs of one training step on one film, three times the forward pass, counted without content
-    on the device "meta".
+def compare(makers, config, shape, clips, device, repeats):
+    """Measure training steps of models, in turns. makers {name: function that makes the model}
+    -> {name: figures}.
     """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        y = torch.empty(1, config.caption_length, config.caption_channels)
-        make()(torch.empty(1, *shape), torch.zeros(1, dtype=torch.long), y)
-    return 3 * counter.get_total_flops()
-
-
-def compare(makers, config, shape, batch, device, repeats):
-    """Measure training steps of one or several networks, in turns -> {name: figures}."""
-    gc.collect()  # what the last networks held
-    torch.compiler.reset()  # else the next shape would be compiled for any shape
-    data, figures, models = inputs(config, shape, batch, device), {}, {}
-    tokens = batch * shape[1] * shape[2] * shape[3] // 4
-    for name, make in makers.items():
+    gc.collect()  # the last models
+    torch.compiler.reset()  # else the next shape would be compiled as a dynamic one
+    batch, figures, models = inputs(config, shape, clips, device), {}, {}
+    for name, maker in makers.items():
         if device == "cuda":
-            torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
-        models[name], figures[name] = make().to(device), {}
-        training_step(models[name], data, device)  # compiles, chooses kernels
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        models[name], figures[name] = maker().to(device), {}
+        training_step(models[name], batch, device)  # compiles, selects kernels
         if device == "cuda":
             figures[name]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        figures[name]["activation_gb"] = kept(models[name], data, device) / 1e9
+        with autocast(device):
+            kept = kept_bytes(lambda: models[name](*batch), device)
+        figures[name]["activation_gb"] = kept / 1e9
     times = {name: [] for name in makers}
     for _ in range(repeats):
         for name in makers:
-            times[name].append(training_step(models[name], data, device))
+            times[name].append(training_step(models[name], batch, device))
+    tokens = clips * math.prod(shape[1:]) / math.prod(config.patch_size)
     for name, seconds in times.items():
         median = statistics.median(seconds)
         figures[name] |= {"seconds": median, "tokens_per_second": tokens / median}
     return figures
 
 
+def add_flops(row, maker, shape, clips, device):
+    """Add to a row of figures the FLOPs of its step, their rate and fraction of the peak."""
+    with torch.device("meta"):
+        row["tflop"] = clips * flops_per_clip(maker(), shape) / 1e12
+    row["tflop_per_second"] = row["tflop"] / row["seconds"]
+    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    for name, peak in PEAK.items():
+        if name in gpu:
+            row["fraction_of_peak"] = row["tflop_per_second"] / peak
+
+
+def sampling_seconds(model, shape, videos, steps, sampler, guidance, device):
+    """Seconds that sampling takes per video, all of them in one batch."""
+    _, _, y = inputs(model.config, shape, videos, device)
+    mask = torch.ones(y.shape[:2], dtype=torch.bool, device=device)
+    keys, seconds = [("speed", i) for i in range(videos)], 0.0
+    for n in (2, steps):  # first a warm-up
+        wait(device)
+        start = time.perf_counter()
+        sample(model, y, mask, shape, keys, n, guidance, sampler)
+        wait(device)
+        seconds = time.perf_counter() - start
+    return seconds / videos
+
+
 def table(title, figures, columns):
     print(f"\n{title}\n| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for name, row in figures.items():
         cells = [f"{row[c]:.4g}" if c in row else "" for c in columns]
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def recomputing(make, selective=False):
-    def made():
-        model = make()
-        # so that what is kept can be counted also inside; torch 2.11 does not know this option
-        known = "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
-        options = {"respect_saved_tensors_hooks": True} if known and selective else {}
-        checkpoint_blocks(model, selective, **options)
-        return model
-
-    return made
+def about(command, device="cpu"):
+    """What is stored with every measurement."""
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if device == "cuda" else machine
+    version, date = torch.__version__, time.strftime("%Y-%m-%d")
+    return {"command": command, "machine": machine, "torch": version, "date": date}
 
 
-def compiled(make):
-    def made():
-        model = make()
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward)
-        return model
-
-    return made
+# ---------------------------------------------------------------------------------------------
+# The tables
 
 
-def recomputed_latte(make):
-    def made():
-        model = make()
-        model.enable_gradient_checkpointing()
-        return model.train()
-
-    return made
-
-
-def on_cpu(device):
-    """Two layers of XL/2's width on 16 x 256 x 256; the toy; sampling of the toy."""
-    config = replace(MODELS["STDiT-XL/2"], depth=2)
-    shape, results = (4, 16, 32, 32), {}
-    ours, theirs = lambda: STDiT(config), lambda: latte(config, 16, 32)
-    makers = {"ours": ours, "diffusers' Latte": theirs}
-    figures = compare(makers, config, shape, 1, device, 5)
-    for name, make in makers.items():
-        figures[name]["tflop"] = flops(make, config, shape) / 1e12
-        figures[name]["tflop_per_second"] = figures[name]["tflop"] / figures[name]["seconds"]
-    a, b = figures["ours"], figures["diffusers' Latte"]
-    keys = "seconds", "activation_gb", "tflop"
-    figures["ratio"] = {k: a[k] / b[k] for k in keys}
+def on_cpu(config, shape):
+    """Two layers of XL/2's width at 16x256x256; the toy; sampling of the toy."""
+    ours, latte, device = partial(make, config), partial(Latte, config, shape), "cpu"
+    size = f"width {config.hidden_size}, depth {config.depth}, {shape[1]} frames of {shape[2]}x"
+    size += f"{shape[3]} latents, fp32: forward and backward"
+    figures = compare({"STDiT": ours, "diffusers' Latte": latte}, config, shape, 1, device, 5)
+    for row, maker in zip(figures.values(), (ours, latte)):
+        add_flops(row, maker, shape, 1, device)
+    a, b = figures["STDiT"], figures["diffusers' Latte"]
+    figures["ratio"] = {k: a[k] / b[k] for k in ("seconds", "activation_gb", "tflop")}
     columns = ["seconds", "tokens_per_second", "activation_gb", "tflop", "tflop_per_second"]
-    table("width 1152, depth 2, 16 x 256 x 256, fp32: forward and backward", figures, columns)
-    results["latte"] = figures
+    table(size, figures, columns)
+    results = {"latte": figures}
 
-    makers = {"all kept": ours, "recomputed": recomputing(ours),
-              "matrix products kept": recomputing(ours, True),
-              "full attention": lambda: STDiT(replace(config, variant="full"))}  # fmt: skip
+    makers = {mode: partial(make, config, mode) for mode in ("none", "full", "selective")}
+    makers["none, variant full"] = partial(make, replace(config, variant="full"))
     figures = compare(makers, config, shape, 1, device, 2)
-    table("the same: what is kept, and the design `full`", figures, columns[:3])
+    table("the same, by activation checkpointing; and the variant `full`", figures, columns[:3])
     results["kept"] = figures
 
-    config, shape = MODELS["toy"], (4, 8, 8, 8)
-    toy = lambda: STDiT(config)  # noqa: E731
-    figures = compare({"toy, batch 16": toy}, config, shape, 16, device, 20)
+    config, shape, clips = MODELS["toy"], latent_shape(PRESETS["toy"]), 16
+    figures = compare({"toy, batch 16": partial(make, config)}, config, shape, clips, device, 20)
     row = figures["toy, batch 16"]
-    row["films_per_second"] = 16 / row["seconds"]
-    row["tflop_per_second"] = 16 * flops(toy, config, shape) / 1e12 / row["seconds"]
-    model = toy().eval()
-    _, _, y = inputs(config, shape, 8, device)
-    mask, keys = torch.ones(y.shape[:2], dtype=torch.bool), [("speed", i) for i in range(8)]
-    start = time.perf_counter()
-    sample(model, y, mask, shape, keys, 20, 2.0, "dpm")
-    row["seconds_per_film_of_20_steps"] = (time.perf_counter() - start) / 8
-    table("the toy", figures, ["seconds", "films_per_second", "tokens_per_second",
-                               "tflop_per_second", "seconds_per_film_of_20_steps"])  # fmt: skip
+    add_flops(row, partial(make, config), shape, clips, device)
+    row["clips_per_second"] = clips / row["seconds"]
+    seconds = sampling_seconds(make(config).eval(), shape, 8, 20, "dpm", 2.0, device)
+    row["seconds_per_video_of_20_steps"] = seconds
+    columns[2:4] = ["clips_per_second", "seconds_per_video_of_20_steps"]
+    table("the toy", figures, columns)
     return results | {"toy": figures}
 
 
-def on_cuda(device):
-    """v1's shapes with XL/2 in bf16, from random latents; and sampling."""
-    results, name = {}, torch.cuda.get_device_name()
-    peak = next((1e12 * v for k, v in PEAK.items() if k in name), None)
-    for preset, batch in (("16x256x256", 8), ("16x512x512", 1), ("64x512x512", 1)):
-        run = PRESETS[preset]
-        config, shape = MODELS["STDiT-XL/2"], latent_shape(run)
-        ours = lambda config=config: STDiT(config)  # noqa: E731
-        theirs = lambda c=config, s=shape: latte(c, s[1], s[2])  # noqa: E731
-        plain = {"all kept": ours, "recomputed": recomputing(ours),
-                 "matrix products kept": recomputing(ours, True)}  # fmt: skip
-        makers = plain | {f"compiled, {title}": compiled(make) for title, make in plain.items()}
-        makers["diffusers' Latte"] = theirs
-        makers["diffusers' Latte, recomputed"] = recomputed_latte(theirs)
-        figures, cost = {}, Cost(run, Process(0, 1, "cpu"))
-        for title, make in makers.items():
+def on_cuda(stages, device="cuda", repeats=5, steps=(20, 100)):
+    """Training steps and sampling of each stage {name: (STDiTConfig, shape, clips)} in bf16."""
+    results = {}
+    for stage, (config, shape, clips) in stages.items():
+        ours, latte = partial(make, config), partial(Latte, config, shape)
+        makers = {mode: partial(ours, mode) for mode in ("none", "full", "selective")}
+        if device == "cuda":
+            makers |= {f"compiled, {mode}": partial(ours, mode, True) for mode in makers}
+        makers |= {"diffusers' Latte": latte, "diffusers' Latte, full": partial(latte, True)}
+        figures = {}
+        for title, maker in makers.items():
             try:
-                figures |= compare({title: make}, config, shape, batch, device, 5)
-            except torch.OutOfMemoryError:  # a figure too: it does not fit
+                figures |= compare({title: maker}, config, shape, clips, device, repeats)
+                plain = latte if "Latte" in title else ours
+                add_flops(figures[title], plain, shape, clips, device)
+            except torch.OutOfMemoryError:  # a result too: it does not fit
                 figures[title] = {}
-                continue
-            row = figures[title]
-            used = flops(make, config, shape) if "Latte" in title else cost.flops
-            if peak:
-                row["share_of_peak"] = batch * used / row["seconds"] / peak
-        table(f"{preset}, batch {batch}, bf16, {name}", figures,
-              ["seconds", "tokens_per_second", "share_of_peak", "activation_gb", "peak_gb"])
-        results[preset] = figures
-        model = ours().to(device).eval()
-        _, _, y = inputs(config, shape, 1, device)
-        mask = torch.ones(y.shape[:2], dtype=torch.bool, device=device)
-        for sampler, steps in (("dpm", 20), ("ddpm", 100)):
-            sample(model, y, mask, shape, [("speed", 0)], 2, 7.0, sampler)  # warm up
-            wait(device)
-            start = time.perf_counter()
-            sample(model, y, mask, shape, [("speed", 0)], steps, 7.0, sampler)
-            wait(device)
-            results[preset][f"{steps} steps of {sampler}, guided"] = {
-                "seconds": time.perf_counter() - start}  # fmt: skip
-            print(f"{steps} steps of {sampler}: {time.perf_counter() - start:.1f} s")
+        columns = ["seconds", "tokens_per_second", "fraction_of_peak", "activation_gb", "peak_gb"]
+        table(f"{stage}, {clips} clips, by activation checkpointing", figures, columns)
+        model, videos = ours().to(device).eval(), {}
+        for sampler, n in zip(("dpm", "ddpm"), steps):
+            seconds = sampling_seconds(model, shape, 1, n, sampler, 7.0, device)
+            videos[f"{n} steps of {sampler}, guided"] = {"seconds": seconds}
+        table(f"{stage}, sampling a video", videos, ["seconds"])
+        results[stage] = figures | videos
         del model
     return results
 
 
-def one_step(device, depth, frames, size):
-    """One AdamW step of STDiT of XL/2's width, recomputed, with EMA; the process's largest memory
-    against the prediction.
+def one_step(config, shape):
+    """One AdamW step with full activation checkpointing and EMA on the CPU: the process's largest
+    memory, and the predicted one.
     """
-    run = replace(PRESETS["16x512x512"], frames=frames, size=size, checkpointing="all")
-    config, shape = replace(MODELS["STDiT-XL/2"], depth=depth), latent_shape(run)
-    model = STDiT(config).to(device)
-    predicted = predicted_memory(run, model, Process(0, 1, device))  # it takes one clip at a time
-    checkpoint_blocks(model)
-    ema = [p.detach().clone() for p in model.parameters()]
+    model = make(config, "full")
+    predicted, ema = predicted_memory(model, shape), deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
-    for p in model.parameters():  # as in any step but the first; filled, for zeros take no memory
+    for p in model.parameters():  # as in any step but the first; filled, since zeros take no memory
         moments = {name: torch.empty_like(p).fill_(0) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] |= {"step": torch.zeros(()), **moments}
     start = time.perf_counter()
-    training_step(model, inputs(config, shape, 1, device), device)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    training_step(model, inputs(config, shape, 1, "cpu"), "cpu")
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()
-    with torch.no_grad():
-        torch._foreach_lerp_(ema, [*model.parameters()], 1e-4)
-    wait(device)
+    train.update_ema(PRESETS["16x512x512"], 0, ema, model)
     seconds = time.perf_counter() - start
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
-    tokens = frames * (size // 16) ** 2
-    return {f"depth {depth}, {frames}x{size}x{size}": {
-        "tokens": tokens, "seconds": seconds, "gradient_norm": norm, "peak_gb": peak,
-        "predicted_gb": predicted, "ratio": predicted / peak}}  # fmt: skip
+    row = {"tokens": math.prod(shape[1:]) / math.prod(config.patch_size), "seconds": seconds}
+    row |= {"gradient_norm": norm, "peak_gb": peak, "predicted_gb": predicted}
+    _, T, H, W = shape
+    return {f"depth {config.depth}, {T}x{8 * H}x{8 * W}": row | {"ratio": predicted / peak}}
 
 
-def project(share, link=50e9, gpus=(8, 64, 512)):
-    """v1's stages on many GPUs, worked out, not measured: compute at a share of an H100's peak;
-    gradients, 4 bytes a weight, in a ring over links of 400 Gb/s = 50 GB/s a GPU, at worst after
-    the backward pass, at best hidden behind it; the cache's 2 bytes a number, all captions full.
-    Where there are fewer clips than GPUs, the exchanges of --sp come on top, and each of those that
-    share a clip reads it.
+def project(fraction, link=50e9, gpus=(8, 64, 512)):
+    """v1's stages on many GPUs, calculated, not measured: compute at a fraction of an H100's peak;
+    the all-reduce of gradients, 4 bytes per weight, in a ring over links of 400 Gb/s = 50 GB/s per
+    GPU, hidden behind the backward pass or after it; a cache of 2 bytes per number with captions of
+    full length. With fewer clips than GPUs, the exchanges of --sp come on top, and each process
+    that shares a clip reads it.
     """
-    figures, weights = {}, 759_620_768
-    for name in ("16x256x256", "16x256x256-hq", "16x512x512", "64x512x512"):
-        run = PRESETS[name]
-        cost, config = Cost(run, Process(0, 1, "cpu")), MODELS[run.model]
-        _, T, h, w = shape = latent_shape(run)
-        numbers = shape[0] * T * h * w + config.caption_length * config.caption_channels
+    figures = {}
+    for stage in ("16x256x256", "16x256x256-hq", "16x512x512", "64x512x512"):
+        c, shape = PRESETS[stage], latent_shape(PRESETS[stage])
+        with torch.device("meta"):
+            model = STDiT(train.model_config(c))
+        flops, weights = flops_per_clip(model, shape), sum(p.numel() for p in model.parameters())
+        numbers = math.prod(shape) + XL.caption_length * XL.caption_channels
         for n in gpus:
-            clips = run.batch_size / n  # of each GPU; below 1, --sp shares clips
-            compute = clips * cost.flops / (share * 1e12 * PEAK["H100"])
+            clips = c.batch_size / n  # per GPU; below 1, --sp shares clips
+            compute = clips * flops / (fraction * 1e12 * PEAK["H100"])
             reduce = 2 * (n - 1) / n * 4 * weights / link
-            figures[f"{name}, {n} GPUs"] = {
-                "clips a GPU": clips, "compute s": compute, "all-reduce s": reduce,
-                "days, hidden": run.steps * max(compute, reduce) / 86400,
-                "days, after": run.steps * (compute + reduce) / 86400,
-                "cache GB/s in all": run.batch_size * 2 * numbers / max(compute, reduce) / 1e9,
-            }  # fmt: skip
-    table(f"projection at {share:.0%} of the peak: calculated, not measured", figures,
-          [*next(iter(figures.values()))])  # fmt: skip
+            row = {"clips per GPU": clips, "compute s": compute, "all-reduce s": reduce}
+            row["days, hidden"] = c.steps * max(compute, reduce) / 86400
+            row["days, after"] = c.steps * (compute + reduce) / 86400
+            row["cache GB/s in all"] = c.batch_size * 2 * numbers / max(compute, reduce) / 1e9
+            figures[f"{stage}, {n} GPUs"] = row
+    table(f"projection at {fraction:.0%} of the peak: calculated, not measured", figures, [*row])
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    quick: bool = False  # tiny sizes, and both the CPU's and CUDA's tables; writes nothing
+    step: bool = False  # one optimizer step of STDiT-XL/2 on the CPU, and its peak memory
+    frames: int = 16  # of --step
+    size: int = 512  # of --step, in pixels
+    project: float = 0.0  # calculate v1's stages on many GPUs at this fraction of an H100's peak
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step", action="store_true", help="one whole step of XL/2 on the CPU")
-    parser.add_argument("--depth", type=int, default=28, help="... of so many blocks")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--project", type=float, metavar="SHARE",
-                        help="work out v1's stages on many GPUs, at this share of the peak")
-    args = parser.parse_args()
-    if args.project:
-        project(args.project)
-        return
+    c = tyro.cli(SpeedConfig, description=__doc__)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.step:
-        results = {"step": one_step("cpu", args.depth, args.frames, args.size)}
+    tiny = replace(XL, depth=2, hidden_size=64, num_heads=4, caption_channels=64)
+    if c.project:
+        project(c.project)
+        return
+    if c.step:
+        config = tiny if c.quick else XL
+        results = {"step": one_step(config, (4, c.frames, c.size // 8, c.size // 8))}
         columns = ["tokens", "seconds", "gradient_norm", "peak_gb", "predicted_gb", "ratio"]
         table("one AdamW step", results["step"], columns)
+    elif c.quick:
+        on_cpu(tiny, (4, 4, 8, 8))
+        on_cuda({"tiny": (tiny, (4, 4, 8, 8), 2)}, device, repeats=1, steps=(2, 2))
+    elif device == "cuda":
+        stages = {}
+        for name, clips in (("16x256x256", 8), ("16x512x512", 1), ("64x512x512", 1)):
+            run = PRESETS[name]
+            stages[name] = train.model_config(run), latent_shape(run), clips
+        results = on_cuda(stages)
     else:
-        results = on_cuda(device) if device == "cuda" else on_cpu(device)
+        results = on_cpu(replace(XL, depth=2), (4, 16, 32, 32))
+    if c.quick:
+        return
     path = Path(__file__).with_name("speed.json")
     stored = json.loads(path.read_text()) if path.exists() else {}
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name() if device == "cuda" and not args.step else machine
     for key, figures in results.items():
+        command = f"python benchmarks/speed.py{' --step' * c.step}"
         old = stored.get(key, {}).get("figures", {}) if key == "step" else {}
-        stored[key] = {"machine": machine, "torch": torch.__version__,
-                       "date": time.strftime("%Y-%m-%d"), "figures": old | figures}  # fmt: skip
+        stored[key] = about(command, "cpu" if c.step else device) | {"figures": old | figures}
     path.write_text(json.dumps(stored, indent=1) + "\n")
 
 

@@ -1,15 +1,15 @@
-"""Whether you did the tutorial's exercises: each fails until the code is changed.
+"""Tests of the tutorial's exercises: each fails until the code is changed.
 
     python -m pytest tests/exercises.py -k causal     # or flow, qk_norm, first_frame
 
 A plain `python -m pytest` leaves this file out; test_tutorial.py applies the solutions in
-assets/exercises to a copy of the project and runs it there.
+tests/exercises to a copy of the project and runs it there.
 """
 
 from dataclasses import replace
 
 import torch
-from conftest import assert_close, randomize
+from conftest import assert_close, hand_attention, randomize
 
 import sample
 from stdit import MODELS, VARIANTS, STDiT
@@ -17,91 +17,84 @@ from stdit import MODELS, VARIANTS, STDiT
 FP32 = "fp32 rounding"
 
 
-def films(B=2):
-    """x0, noise [B, 4, 8, 8, 8], y [B, 16, 64] and their mask."""
+def random_batch(B=2):
+    """x0, noise [B, 4, 8, 8, 8], y [B, 16, 64], mask [B, 16]."""
     g = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(B, 4, 8, 8, 8, generator=g) for _ in range(2))
     return x0, noise, torch.randn(B, 16, 64, generator=g), torch.ones(B, 16, dtype=torch.bool)
 
 
-class Answer(torch.nn.Module):
-    """In place of a network: says answer(x, t), and 0 in the second half of the channels."""
+class Known(torch.nn.Module):
+    """Stands for a network: predicts predict(x, t), and 0 in the second half of the channels."""
 
-    def __init__(self, answer):
+    def __init__(self, predict):
         super().__init__()
-        self.answer, self.y_embedder = answer, STDiT(MODELS["toy"]).y_embedder
+        self.predict, self.y_embedder = predict, STDiT(MODELS["toy"]).y_embedder
 
     def forward(self, x, t, y, mask):
-        first = self.answer(x, t.view(-1, 1, 1, 1, 1))
+        first = self.predict(x, t.view(-1, 1, 1, 1, 1))
         return torch.cat([first, torch.zeros_like(first)], dim=1)
 
 
 def test_causal():
     assert "causal" in VARIANTS, "add it to VARIANTS in stdit.py"
-    x, noise, y, mask = films()
-    changed = torch.cat([x[:, :, :5], noise[:, :, 5:]], dim=2)  # another end of the film
+    x, noise, y, mask = random_batch()
     model, t = randomize(STDiT(replace(MODELS["toy"], variant="causal"))), torch.tensor([5, 700])
-    a, b = model(x, t, y, mask), model(changed, t, y, mask)
-    assert_close(a[:, :, :5], b[:, :, :5], 1e-5, FP32)  # nobody saw it who came before
-    assert (a[:, :, 5:] - b[:, :, 5:]).abs().max() > 0.01
-    other = torch.cat([noise[:, :, :1], x[:, :, 1:]], dim=2)  # another beginning
-    seen = (model(other, t, y, mask) - a).abs().amax((0, 1, 3, 4))  # [T]
-    assert seen.min() > 0.01  # by all
-    new = STDiT(replace(MODELS["toy"], variant="causal"))  # it can begin as an image model
+    out = model(x, t, y, mask)
+    other_end = torch.cat([x[:, :, :5], noise[:, :, 5:]], dim=2)
+    difference = (model(other_end, t, y, mask) - out).abs().amax((0, 1, 3, 4))  # [T]
+    assert difference[:5].max() < 1e-5 and difference[5:].min() > 0.01  # fp32 rounding
+    other_start = torch.cat([noise[:, :, :1], x[:, :, 1:]], dim=2)
+    difference = (model(other_start, t, y, mask) - out).abs().amax((0, 1, 3, 4))
+    assert difference.min() > 0.01  # all frames depend on the first
+    new = STDiT(replace(MODELS["toy"], variant="causal"))  # starts as an image model
     assert all(block.attn_temp.proj.weight.abs().max() == 0 for block in new.blocks)
 
 
 def test_flow():
-    x0, noise, y, mask = films()
-    t = torch.tensor([499, 999])
-    x_t = sample.q_sample(sample.TRAINING, x0, t, noise)
-    assert_close(x_t[0], (x0[0] + noise[0]) / 2, 1e-6, FP32)  # half of the way
+    x0, noise, y, mask = random_batch()
+    t, schedule = torch.tensor([499, 999]), sample.TRAIN_SCHEDULE
+    x_t = sample.q_sample(schedule, x0, t, noise)
+    assert_close(x_t[0], (x0[0] + noise[0]) / 2, 1e-6, FP32)  # the middle of the line
     assert_close(x_t[1], noise[1], 1e-6, FP32)  # its end
-    out = torch.cat([noise - x0, torch.zeros_like(x0)], dim=1)
-    loss = sample.diffusion_loss(sample.TRAINING, out, x0, x_t, t, noise)
-    assert loss["mse"].max() < 1e-10  # of the right velocity
-    loss = sample.diffusion_loss(sample.TRAINING, 0 * out, x0, x_t, t, noise)
+    assert_close(sample.predict_x0(schedule, x_t, t, noise - x0), x0, 1e-5, FP32)
+    out = torch.cat([noise - x0, torch.zeros_like(x0)], dim=1)  # the exact velocity
+    assert sample.diffusion_loss(schedule, out, x0, x_t, t, noise)["mse"].max() < 1e-10
+    loss = sample.diffusion_loss(schedule, 0 * out, x0, x_t, t, noise)
     assert_close(loss["mse"], (noise - x0).square().flatten(1).mean(1), 1e-5, FP32)
-    # If there is but one film in the world, the velocity is known, and any number of steps leads to
-    # that film.
-    known = Answer(lambda x, t: (x - x0[:1]) / ((t + 1) / 1000))
-    for steps in (2, 7):
-        made = sample.sample(known, y, mask, x0[0].shape, [(0, i) for i in range(2)], steps, 1.0)
-        assert_close(made, x0[:1].expand(2, -1, -1, -1, -1), 1e-4, FP32)
+    assert loss["vlb"].abs().max() == 0
+    # With one video in the data the velocity is known, and any number of steps yields that video.
+    model = Known(lambda x, t: (x - x0[:1]) / ((t + 1) / 1000))
+    keys = [(0, i) for i in range(2)]
+    for sampler in sample.SAMPLERS:
+        for steps in (2, 7):
+            args = (model, y, mask, x0[0].shape, keys, steps, 1.0, sampler)
+            assert_close(sample.sample(*args), x0[:1].expand(2, -1, -1, -1, -1), 1e-4, FP32)
 
 
 def test_qk_norm():
-    x0, _, y, mask = films()
-    model, t = randomize(STDiT(MODELS["toy"])), torch.tensor([5, 700])
-    before = model(x0, t, y, mask)
-    with torch.no_grad():
-        for block in model.blocks:
-            for attention in (block.attn, block.attn_temp):
-                q_and_k = 2 * attention.qkv.weight.shape[0] // 3
-                attention.qkv.weight[:q_and_k].mul_(100)
-                attention.qkv.bias[:q_and_k].mul_(100)
-    assert_close(model(x0, t, y, mask), before, 1e-4, "fp32 rounding, and rms_norm's epsilon")
-    with torch.no_grad():
-        model.blocks[0].attn.qkv.weight[-128:].mul_(2)  # the values are as they were
-    assert (model(x0, t, y, mask) - before).abs().max() > 0.01
+    attention, heads = randomize(STDiT(MODELS["toy"])).blocks[0].attn, 4
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    q, k, v = attention.qkv(x).chunk(3, dim=-1)  # [B, N, D] each
+    q, k = (z.unflatten(-1, (heads, -1)) for z in (q, k))  # [B, N, heads, D/heads]
+    q, k = ((z / z.square().mean(-1, keepdim=True).sqrt()).flatten(2) for z in (q, k))
+    expected = attention.proj(hand_attention(q, k, v, heads))
+    assert_close(attention(x), expected, 1e-5, FP32)
 
 
 def test_first_frame():
-    x0, noise, y, mask = films()
-    t = torch.tensor([300, 900])
-    x_t = sample.q_sample(sample.TRAINING, x0, t, noise)
-    assert torch.equal(x_t[:, :, 0], x0[:, :, 0])  # given
+    x0, noise, y, mask = random_batch()
+    t, schedule = torch.tensor([300, 900]), sample.TRAIN_SCHEDULE
+    x_t = sample.q_sample(schedule, x0, t, noise)
+    assert torch.equal(x_t[:, :, 0], x0[:, :, 0])  # without noise
     assert (x_t[:, :, 1:] - x0[:, :, 1:]).abs().mean() > 0.3
     out = torch.zeros(2, 8, 8, 8, 8)
-    wrong = out.clone()
-    wrong[:, :4, 0] = 9.0  # whatever the network says of it
-    for name in ("mse", "vlb"):
-        a, b = (sample.diffusion_loss(sample.TRAINING, o, x0, x_t, t, noise)[name]
-                for o in (out, wrong))  # fmt: skip
-        assert torch.equal(a, b) and a.min() > 0
-    keys = [(0, i) for i in range(2)]
-    seen = []
-    model = Answer(lambda x, t: (seen.append(x[:, :, 0]), 0 * x)[1])
-    made = sample.sample(model, y, mask, x0[0].shape, keys, 5, 1.0, first=x0[:, :, :1])
-    assert torch.equal(made[:, :, 0], x0[:, :, 0])
-    assert all(torch.equal(part, x0[:, :, 0]) for x in seen for part in x.chunk(2))
+    other = out.clone()
+    other[:, :, 0] = 9.0  # the prediction for frame 0 does not count
+    a, b = (sample.diffusion_loss(schedule, o, x0, x_t, t, noise) for o in (out, other))
+    assert all(torch.equal(a[name], b[name]) and a[name].min() > 0 for name in ("mse", "vlb"))
+    inputs, first = [], x0[:, :, :1]
+    model, keys = Known(lambda x, t: (inputs.append(x), 0 * x)[1]), [(0, i) for i in range(2)]
+    made = sample.sample(model, y, mask, x0[0].shape, keys, 5, 2.0, first=first)
+    assert torch.equal(made[:, :, :1], first)
+    assert all(torch.equal(x[:, :, :1], first.repeat(2, 1, 1, 1, 1)) for x in inputs)

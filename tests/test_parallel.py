@@ -1,4 +1,4 @@
-"""One film on several processes: the same numbers as on one, and the bytes that it costs."""
+"""Sequence parallelism: one video on several processes gives the numbers of one process."""
 
 import subprocess
 import sys
@@ -9,34 +9,33 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from test_train import SHORT, assert_same_numbers, launch
+from test_train import SHORT, assert_same_numbers, run
 
 import data
 import sample
 import train
 
 SCRIPT = """
-import os, sys
+import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from dataclasses import replace
 import torch, torch.distributed as dist
 from conftest import randomize
 import stdit
-from stdit import MODELS, STDiT, checkpoint_blocks
+from stdit import MODELS, STDiT
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-n, group, sent = dist.get_world_size(), dist.group.WORLD, []
-exchange = stdit.exchange
+n, sent, exchange = dist.get_world_size(), [], stdit.all_to_all_single_autograd
 
-def counted(x, group):  # elements that leave this process, forward; backward, as many
+def counted(x, *options):  # numbers that leave this process, forward; backward, as many
     sent.append(x.numel() * (n - 1) // n)
-    return exchange(x, group)
+    return exchange(x, *options)
 
-stdit.exchange = counted
+stdit.all_to_all_single_autograd = counted
 for variant in ("sequential", "parallel", "latte"):
     for T, H, W in ((4, 8, 8), (5, 6, 10), (1, 4, 4), (3, 2, 2)):  # 5 and 15: 2, 4 do not divide
-        for again in (False, True):  # with blocks recomputed in the backward pass
+        for mode in ("none", "full", "selective"):
             model = randomize(STDiT(replace(MODELS["toy"], variant=variant, depth=2)))
             torch.manual_seed(1)
             x, y = torch.randn(2, 4, T, H, W), torch.randn(2, 7, 64)
@@ -51,31 +50,31 @@ for variant in ("sequential", "parallel", "latte"):
                                       if p.grad is not None}}
 
             expected, of_one = gradients()
-            model.group = group
-            if again:
-                checkpoint_blocks(model, keep_products=variant == "parallel")
+            model.sp_group = dist.group.WORLD
+            for block in model.blocks:
+                block.activation_checkpointing = mode
             sent.clear()
-            found, shared = gradients()
-            if variant == "sequential" and (T, H, W) == (4, 8, 8) and n in (2, 4) and not again:
-                # per block: two exchanges of the T S D / n numbers that each has, of which
-                # (n - 1) / n leave it; Ulysses has four (q, k, v, out); at the end, T S
-                # patches of 4 x 2 C = 32 numbers
+            found, of_many = gradients()
+            if (variant, T, mode) == ("sequential", 4, "none") and n != 3:
+                # per block two all-to-alls of the T S D / n numbers that each process holds, of
+                # which (n - 1) / n leave it (Ulysses has four: q, k, v, output); after the final
+                # layer T S patches of 4 x 2 C = 32 numbers
                 tokens, D = 2 * T * H * W // 4, model.config.hidden_size
                 block = 2 * tokens * D // n * (n - 1) // n
                 last = tokens // n * (n - 1) * 32
                 assert sum(sent) == 2 * block + last, (sum(sent), block, last)
             worst = (found - expected).abs().max() / expected.abs().max()
             assert worst < 1e-5, (variant, T, H, W, "forward", worst)
-            assert shared.keys() == of_one.keys()
-            for name, gradient in shared.items():  # what DDP does
+            assert of_many.keys() == of_one.keys()
+            for name, gradient in of_many.items():  # DDP's mean
                 dist.all_reduce(gradient)
                 off = (gradient / n - of_one[name]).norm() / of_one[name].norm().clamp(min=1e-6)
                 assert off < 1e-5, (variant, T, H, W, name, off)
 model = STDiT(replace(MODELS["toy"], variant="full"))
-model.group = group
+model.sp_group = dist.group.WORLD
 try:
     model(x, t, y, mask)
-    raise SystemExit("full was not refused")
+    raise SystemExit("full did not raise")
 except ValueError as error:
     assert "sp=1" in str(error)
 print("equal")
@@ -88,13 +87,15 @@ def torchrun(n, *arguments):
     return subprocess.run([*start, str(n), *map(str, arguments)], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow),
-                               pytest.param(3, marks=pytest.mark.slow)])  # fmt: skip
-def test_a_shared_film_gives_the_outputs_and_gradients_of_one_process(n, tmp_path):
-    """fp32; the mean over processes of each weight's gradient, in the designs that can be shared,
-    with frames and patches that n divides and that it does not.
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=SLOW), pytest.param(3, marks=SLOW)])
+def test_outputs_and_gradients_of_several_processes_are_those_of_one(n, tmp_path):
+    """fp32; the mean over processes of each weight's gradient, with frames and patches that n
+    divides and that it does not.
     """
-    script = tmp_path / "shared.py"
+    script = tmp_path / "parallel.py"
     script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
     done = torchrun(n, script)
     assert done.returncode == 0 and done.stdout.count("equal") == n, done.stderr[-3000:]
@@ -102,53 +103,47 @@ def test_a_shared_film_gives_the_outputs_and_gradients_of_one_process(n, tmp_pat
 
 @pytest.fixture
 def config(toy, tmp_path):
-    options = SHORT | dict(batch_size=4, steps=20, save_every=20, eval_every=10, films=2)
-    return train.TrainConfig(data=str(toy / "cache_train"), held_out=str(toy / "cache_held_out"),
-                             out=str(tmp_path / "run"), film_every=20, film_steps=2,
-                             **options)  # fmt: skip
+    options = {"data": str(toy / "train"), "validation_data": str(toy / "validation")}
+    options |= SHORT | {"out": str(tmp_path / "run"), "num_samples": 2, "sample_steps": 2}
+    steps = {name: 4 for name in ("steps", "eval_every", "sample_every", "save_every")}
+    return train.TrainConfig(**options | steps)
 
 
-@pytest.mark.parametrize("processes, sp, micro_batch", [
-    (2, 2, 1), pytest.param(4, 2, 0, marks=pytest.mark.slow),
-    pytest.param(4, 1, 0, marks=pytest.mark.slow), pytest.param(4, 4, 2, marks=pytest.mark.slow),
-])  # fmt: skip
-def test_training_with_shared_films_gives_the_numbers_of_one_process(
-    config, processes, sp, micro_batch
-):
-    """20 steps; 4 processes: 2 replicas of 2, 4 of 1, 1 of 4. Clips, t, noise and dropped captions
-    are those of the global batch, so also held-out losses and films agree.
+@pytest.mark.parametrize(
+    "processes, sp, micro_batch, steps",
+    [(2, 2, 1, 4), pytest.param(4, 2, 0, 20, marks=SLOW), pytest.param(4, 4, 2, 20, marks=SLOW)],
+)
+def test_training_gives_the_numbers_of_one_process(config, processes, sp, micro_batch, steps):
+    """Clips, timesteps, noise and dropped captions are those of the global batch, so validation
+    losses and samples agree as well.
     """
-    if sp == 2 and processes == 2:
-        config = replace(config, steps=4, eval_every=4, film_every=4, save_every=4)
-    shared = replace(config, out=config.out + "2", sp=sp, micro_batch=micro_batch)
-    process = launch(shared, processes)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    config = replace(config, steps=steps, sample_every=steps, save_every=steps)
+    parallel = replace(config, out=config.out + "2", sp=sp, micro_batch=micro_batch)
+    run(parallel, processes)
     train.train(config)
-    assert_same_numbers(config.out, shared.out, 1e-4)  # 20 steps multiply fp32 rounding
-    one, two = (Image.open(Path(c.out) / "films.png").convert("RGB") for c in (config, shared))
-    difference = np.abs(np.asarray(one, float) - np.asarray(two, float))
-    assert one.size == two.size and difference.mean() < 0.5  # of 255
+    assert_same_numbers(config, parallel, 1e-4)  # 20 steps multiply fp32 rounding
+    sheet = f"samples/step_{steps:08d}.png"
+    one, many = (Image.open(Path(c.out) / sheet).convert("RGB") for c in (config, parallel))
+    difference = np.abs(np.asarray(one, float) - np.asarray(many, float))
+    assert one.size == many.size and difference.mean() < 0.5  # of 255
 
 
-def test_a_film_sampled_by_two_processes_is_that_of_one(config, tmp_path, monkeypatch):
-    train.train(replace(config, steps=2, films=0))
+def test_a_video_sampled_by_two_processes_is_that_of_one(config, tmp_path, monkeypatch):
+    train.train(replace(config, steps=2, num_samples=0))
     argv = ["--weights", config.out, "--prompt", "a red circle moving left", "--steps", "3"]
     done = torchrun(2, ROOT / "sample.py", *argv, "--sp", "2", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("sheet.png") == 1  # the first process alone writes and tells
+    assert done.stdout.count("sheet.png") == 1  # rank 0 alone writes and prints
     monkeypatch.setattr(sys, "argv", ["sample.py", *argv, "--out", str(tmp_path / "one")])
     sample.main()
     one, two = (data.read_frames(next((tmp_path / out).glob("*.mp4")), 8) for out in ("one", "two"))
     assert (one.float() - two.float()).abs().max() <= 12  # rounding, through H.264
     done = torchrun(2, ROOT / "sample.py", *argv, "--out", tmp_path / "two")
-    assert done.returncode != 0 and "all have to share; give --sp 2" in done.stderr
+    assert done.returncode != 0 and "all processes share each video" in done.stderr
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(variant="full", sp=2), "variant=full attends to all tokens at once"),
-    (dict(sp=0), "sp=0: expected 1"),
-])  # fmt: skip
-def test_what_can_not_be_shared_is_refused(config, options, message):
-    with pytest.raises(data.BadInput, match=message):
-        train.check(replace(config, **options), world=2)
+@pytest.mark.parametrize("sp, world_size", [(0, 1), (2, 1), (2, 3)])
+def test_sp_must_divide_the_number_of_processes(sp, world_size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    with pytest.raises(data.UserError, match=f"sp={sp} must divide the {world_size} process"):
+        data.init_distributed("cpu", sp)
