@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
@@ -185,7 +186,7 @@ def read_table(source):
                 text = path.with_suffix(".txt")
                 rows.append((path, text.read_text("utf-8-sig", "replace") if text.exists() else ""))
     else:
-        with open(source, newline="", encoding="utf-8-sig") as file:
+        with open(source, newline="", encoding="utf-8-sig", errors="replace") as file:
             reader = csv.DictReader(file)
             header = f"{source} needs the header path,text; it has {reader.fieldnames}"
             require({"path", "text"} <= set(reader.fieldnames or ()), header)
@@ -377,7 +378,7 @@ def load_frozen(load, source, part, **options):
     for subfolder in (part, ""):
         try:
             return load(path, subfolder=subfolder, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
     raise UserError(f"{source} has no {part} that can be loaded: {reason}")
 

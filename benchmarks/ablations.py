@@ -50,6 +50,7 @@ def arm(name, seed, quick, steps, **options):
     options = {"seed": seed, "out": out, "steps": steps} | often | options
     if quick:
         options |= {"steps": min(steps, 4), "sample_steps": 2, "toy_clips": 84, "warmup": 1}
+        options["compile"] = False
     return replace(PRESETS["toy"], **options)
 
 

@@ -50,7 +50,7 @@ SEEDS = (0, 1, 2)
 SETTING = {"steps": 2000, "eval_every": 250, "sample_every": 500, "save_every": 500}
 SETTING |= {"keep_checkpoints": 1}
 QUICK = {"steps": 6, "eval_every": 3, "sample_every": 6, "save_every": 6, "keep_checkpoints": 1}
-QUICK |= {"sample_steps": 2, "toy_clips": 84, "warmup": 1}
+QUICK |= {"sample_steps": 2, "toy_clips": 84, "warmup": 1, "compile": False}
 COLORS = {"full": "C3", "sequential": "C0", "parallel": "C2", "latte": "C1"}
 BINS = ("0-249", "250-499", "500-749", "750-999")  # of t
 

@@ -68,7 +68,8 @@ def main():
     encoders, cache = (data.VAE("assets/vae"), data.T5("assets/t5", 16)), args.out / "cache"
     data.write_cache(data.Toy("train", 24), cache, *encoders)
     options = [f"--data={cache}", f"--steps={steps}", "--batch-size=4", "--num-samples=0"]
-    options += ["--save-every=2", "--eval-every=10", "--log-every=1", *args.options]
+    options += ["--save-every=2", "--eval-every=10", "--log-every=1", "--no-compile"]
+    options += args.options
     process = start(reference, options, args.processes)
     output = process.communicate()[0]
     assert process.returncode == 0, output

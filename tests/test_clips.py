@@ -410,9 +410,9 @@ def test_captions_are_those_of_transformers_llava_for_three_frames(llava, tmp_pa
     model = AutoModelForImageTextToText.from_pretrained(llava)
     processor, expected, unfinished = AutoProcessor.from_pretrained(llava), [], 0
     for i in range(3):
-        blocks = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(i)) * 255
+        blocks = torch.rand(11, 3, 4, 4, generator=torch.Generator().manual_seed(i)) * 255
         frames = blocks.byte().repeat_interleave(16, 2).repeat_interleave(16, 3)
-        images = decode_all(encode(tmp_path / f"{i}.mp4", frames))[[1, 2, 4]]  # 20, 50, 80%
+        images = decode_all(encode(tmp_path / f"{i}.mp4", frames))[[2, 5, 8]]  # 20, 50, 80%
         text = "<image><image><image> " + QUESTION
         inputs = processor(text=text, images=list(images), return_tensors="pt")
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=30)[0]

@@ -76,8 +76,7 @@ def test_captions_are_cleaned(text, cleaned):
         (b"path,text\n", "lists no clips"),
         (b"path,text\na.mp4,red, blue\n", "line 2: put a text with commas into quotes"),
         (b"text,path\na\n", "line 2"),
-        (b"\0\0\0 ftypisom\xff\xfe", "not a CSV"),  # a video in place of a table
-        (b"path,text\na.mp4," + b"a" * 200_000, "not a CSV"),
+        (b"\0\0\0 ftypisom\xff\xfe", "needs the header"),  # a video in place of a table
     ],
 )
 def test_bad_tables_get_one_clear_line(tmp_path, content, message):
@@ -91,7 +90,7 @@ def test_bad_tables_get_one_clear_line(tmp_path, content, message):
 
 def test_tables_of_spreadsheets_are_read(tmp_path):
     """With a byte order mark, more columns, and commas and line breaks in quotes."""
-    text = 'id,path,text\r\n1,a.mp4,"A wall,\r\nred"\r\n2,/b/c.mp4,\r\n'
+    text = 'path,id,text\r\na.mp4,1,"A wall,\r\nred"\r\n/b/c.mp4,2,\r\n'
     (tmp_path / "clips.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     rows = [(tmp_path / "a.mp4", "a wall, red"), (Path("/b/c.mp4"), "")]
     assert data.read_table(tmp_path / "clips.csv") == rows
@@ -169,6 +168,7 @@ def test_every_pair_of_words_is_seen_although_six_triples_are_not():
     assert set(data.Toy("validation", 96).triples) == set(data.TRIPLES) and len(seen) == 42
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert {(t[i], t[j]) for t in seen} == {(t[i], t[j]) for t in data.TRIPLES}
+        assert len({(t[i], t[j]) for t in data.UNSEEN}) == 6  # no two share a pair
 
 
 def test_a_toy_clip_depends_on_split_and_row_alone():
@@ -227,7 +227,7 @@ def test_the_detector_needs_straight_motion():
     assert data.detect(video) == ("red", "circle", "left")
     assert data.detect(video.flip(0)) == ("red", "circle", "right")
     assert data.detect(video[:1].expand(8, -1, -1, -1)) is None  # stands still
-    assert data.detect(video[[0, 5, 2, 7, 1, 6, 3, 4]]) is None  # jumps
+    assert data.detect(video[[0, 0, 7, 7, 0, 0, 7, 7]]) is None  # jumps
 
 
 # ----------------------------------------------------------------------------------- written media
@@ -236,7 +236,7 @@ def test_written_videos_are_the_same_bytes_every_time_and_close_to_their_frames(
     noise_video(tmp_path / "b.mp4", 12)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     found = data.read_frames(tmp_path / "a.mp4", 12)
-    assert (found.float() - frames.float()).abs().mean() < 12  # 4:2:0 and H.264 of noise
+    assert (found.float() - frames.float()).abs().mean() < 4  # 4:2:0 and H.264 of noise
 
 
 def test_gif_and_sheet_show_the_frames(tmp_path):

@@ -194,13 +194,13 @@ KEYS, SHAPE = [("a", 1), ("b", 2), ("c", 3)], (4, 2, 4, 4)
 @pytest.mark.parametrize("guidance, v1", [(4.0, False), (4.0, True), (1.0, False), (1.0, True)])
 @torch.no_grad()
 def test_sampling_equals_two_separate_calls_per_step(model, guidance, v1):
-    """Also with guidance 1, where sample() makes one call of B rows."""
-    rows, steps, schedule = [], 4, S.make_schedule(4).to("cpu")
+    """Also with guidance 1, where sample() makes one call of batch size B."""
+    batch_sizes, steps, schedule = [], 4, S.make_schedule(4).to("cpu")
     options = dict(shape=SHAPE, keys=KEYS, steps=steps, guidance=guidance, v1_guidance=v1)
-    hook = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    hook = model.register_forward_pre_hook(lambda _, args: batch_sizes.append(len(args[0])))
     found = S.sample(model, Y, MASK, **options)
     hook.remove()
-    assert rows == [3 if guidance == 1 else 6] * steps
+    assert batch_sizes == [3 if guidance == 1 else 6] * steps
     generators = [keyed_generator(*key) for key in KEYS]
     draws = [torch.stack([torch.randn(SHAPE, generator=g) for g in generators]) for _ in range(5)]
     x, null = draws.pop(0), model.y_embedder.y_embedding.expand(3, -1, -1)
