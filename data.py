@@ -210,7 +210,7 @@ CLEANING = (  # (pattern, replacement), in this order, on lower-case text
 
 
 def clean_caption(text):
-    """Lower case, without addresses, file names, numbers and layout characters."""
+    """Lower case, without addresses, file names, long numbers and layout characters."""
     text = html.unescape(html.unescape(text[:2000])).lower()
     for pattern, replacement in CLEANING:
         text = re.sub(pattern, replacement, text)
@@ -258,7 +258,7 @@ def decode(path, times, transform=lambda frame: frame):
 
 def read_frames(path, frames, stride=1, generator=None, transform=lambda frame: frame):
     """A temporal crop of a clip -> uint8 [T, 3, H, W]: T = `frames` frames, `stride` source frames
-    apart. The generator draws the first among all that leave room; without one it is the middle.
+    apart. The generator draws the first one; without it, the crop is in the middle of the clip.
     UnreadableClip if the clip is too short or cannot be decoded.
     """
     try:
@@ -366,8 +366,8 @@ def write_sheet(path, videos, captions):
 # ---------------------------------------------------------------------------------------------
 # Frozen encoders
 #
-# v1 uses an image VAE (Stability's: factor 8, 4 channels), frame by frame, since no good video VAE
-# was open, and T5-XXL, with which PixArt-alpha was trained. Both are loaded from a local folder or
+# v1 uses an image VAE (Stability's: factor 8, 4 channels), frame by frame, as no good video VAE was
+# available, and T5-XXL, with which PixArt-alpha was trained. Both are loaded from a local folder or
 # the Hub. One source may hold both: PixArt-alpha's has vae/, text_encoder/ and tokenizer/.
 
 
@@ -494,8 +494,8 @@ def fingerprint(vae, t5):
 # ---------------------------------------------------------------------------------------------
 # The latent cache
 #
-# The encoders cost more than a training step of a small model and give the same output every epoch.
-# So they run once, and training reads their outputs: for each clip one safetensors file with the
+# The encoders cost more than a training step of a small model. So they run once, and training reads
+# their outputs in every epoch: for each clip one safetensors file with the
 # latents of one temporal crop, sampled from the VAE's posterior, and the T5 embeddings without
 # padding, in fp16. 64x512x512 pixels take 2.1 MB, 120 tokens of T5-XXL 0.98 MB. index.json is
 # written last.
@@ -537,7 +537,9 @@ def write_cache(clips, out, vae, t5, max_bad_fraction=0.5, rank=0, world_size=1)
     if rank == 0:
         made = [(row, clips.captions[row]) for row, file in enumerate(files) if file.exists()]
         bad = len(clips) - len(made)
-        wrong = f"{bad} of {len(clips)} clips are unreadable (see the warnings): mend the list"
+        wrong = (
+            f"{bad} of {len(clips)} clips are unreadable, see the warnings: remove or replace them"
+        )
         require(made and bad <= max_bad_fraction * len(clips), wrong)
         index = {"settings": settings, "encoders": [vae.source, t5.source], "clips": made}
         write_json(out / "index.json", index)
@@ -689,8 +691,8 @@ def detect(video):
 
 
 class Toy:
-    """Toy clips with the interface of Clips: for split "train" of the 42 seen triples, for split
-    "validation" of all 48.
+    """Toy clips with the interface of Clips. Split "train" has the 42 seen triples, split
+    "validation" all 48.
     """
 
     def __init__(self, split, clips, frames=8, size=64):

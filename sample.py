@@ -134,7 +134,8 @@ def log_variance(schedule, v, t):
 
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
-    """{"mse": of the noise, "vlb": in bits per dimension}, [B] each. v1 trains on their sum.
+    """{"mse": of the noise, "vlb": in bits per dimension}, [B] each. v1 trains on their sum (IDDPM
+    weights the bound with 0.001, summed over 1000 steps; here it is a mean over t).
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
@@ -204,8 +205,8 @@ def dpm_step(schedule, x, step_index, eps, v, noise, x0_last=None):
 
 
 def dpm_schedule(steps):
-    """`steps` timesteps: of steps + 1 evenly spaced from 0 to 999, all but 0, as in diffusers. Near
-    t = 0 lambda changes so fast that the extrapolation would overshoot.
+    """`steps` timesteps, evenly spaced up to 999 as if there were one more, at 0, as in diffusers:
+    near t = 0 lambda changes so fast that the extrapolation would overshoot.
     """
     require(2 <= steps <= 999, f"steps={steps}: expected 2 to 999 with --sampler dpm")
     return schedule_from_timesteps(make_schedule(steps + 1).timesteps[1:])
@@ -259,8 +260,8 @@ def sample(
     """Generate latents for B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W) of one video's
     latents -> [B, C, T, H, W].
 
-    keys: for each video the key of its noise (data.keyed_generator), so it does not depend, beyond
-    rounding, on the rest of the batch. v1's configs have 100 steps and guidance 7. v1_guidance
+    keys: for each video the key of its noise (data.keyed_generator). Beyond rounding, a video does
+    not depend on the rest of its batch. v1's configs have 100 steps and guidance 7. v1_guidance
     reproduces v1: three guided channels, and a null caption with the padding mask of the prompt.
     """
     make, step = SAMPLERS[sampler]
@@ -361,12 +362,14 @@ class SampleConfig:
     out: str = "samples"  # folder to write
     frames: int | None = None  # frames of a video, 1 for an image; None: as in training
     size: int | None = None  # height in pixels; None: as in training
-    width: int | None = None  # width in pixels; None: the height, or as in training
+    width: int | None = (
+        None  # width in pixels; None: as in training, or the height if --size is set
+    )
     output_fps: int | None = None  # frames per second of the files; None: as in training
     steps: int = 50  # denoising steps; v1: 100
     sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # dpm: DPM-Solver++(2M), good with 20 steps
     guidance: float | None = None  # classifier-free guidance, 1: none; v1: 7; None: as in training
-    v1_guidance: bool = False  # as v1: guide 3 of 4 channels, mask the null caption as the prompt
+    v1_guidance: bool = False  # as v1: guide 3 of 4 channels, null caption with the prompt's mask
     space_scale: float | None = None  # spatial position = index / scale; None: as in training
     time_scale: float | None = None  # temporal position = index / scale; None: as in training
     vae: str | None = None  # folder or Hub name of the VAE; None: as in training
@@ -378,7 +381,7 @@ class SampleConfig:
 
 
 def resolve(config):
-    """Fill the fields that are None from sample.json of the weights -> SampleConfig."""
+    """Fill fields that are None from sample.json of the weights, if it is there -> SampleConfig."""
     file = find_weights(config.weights) / "sample.json"
     settings = {"frames": 16, "size": 256, "output_fps": 8, "guidance": 4.0}
     settings |= json.loads(file.read_text()) if file.is_file() else {}

@@ -74,10 +74,10 @@ MODELS["toy-2x2x2"] = replace(MODELS["toy"], patch_size=(2, 2, 2), time_scale=0.
 # ---------------------------------------------------------------------------------------------
 # Sinusoidal embeddings
 #
-# Attention is invariant to the order of its tokens, so positions are added as vectors of sines and
-# cosines. A position is index / scale: at scale 0.5 a 16x16 grid covers the positions of a 32x32
-# grid, so a model trained on one size starts well on another. Positions are computed in float64
-# and rounded once to fp32. Timesteps stay in fp32: in bf16 only 507 of the 1000 are distinct.
+# Attention does not depend on the order of its tokens, so positions are added, as vectors of sines
+# and cosines. A position is index / scale: at scale 0.5 a 16x16 grid covers the positions of a
+# 32x32 grid, so a model trained on one size starts well on another. Positions are computed in
+# float64 and rounded once to fp32. Timesteps stay in fp32: in bf16 only 507 of 1000 are distinct.
 
 
 def get_1d_sincos_pos_embed(length, dim, scale):
@@ -167,7 +167,7 @@ class MLP(nn.Module):
 
 
 def norm(x):
-    """LayerNorm over channels without learned scale and shift, which modulate applies."""
+    """LayerNorm over channels without scale and shift, which modulate applies."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -255,9 +255,9 @@ def gather_frames(x, shard):
 # The report compares four variants:
 #     full        one attention over all tokens
 #     sequential  spatial, then temporal attention: the choice of v1
-#     parallel    both on the same input, outputs added; same weight names as sequential
-#     latte       a PixArt block for space, then one for time with its own modulation and MLP,
-#                 without cross-attention; that MLP is not zero, so it cannot start as PixArt-alpha
+#     parallel    both on the input of the block, outputs added; same weight names as sequential
+#     latte       a PixArt block for space, then one for time with its own table and MLP, without
+#                 cross-attention; the latter is not zero at first: it cannot start as PixArt-alpha
 # The temporal position embedding is added in the first block only: to the input of temporal
 # attention (sequential, parallel) or to the tokens themselves (full, latte).
 
@@ -295,7 +295,7 @@ SAVED_OPS = [
 class STDiTBlock(nn.Module):
     """One block. activation_checkpointing says what is kept for the backward pass: "none": all
     activations; "full": the block's inputs, so the block is computed again; "selective": also
-    SAVED_OPS, about 18 D numbers per token, so only elementwise operations are computed again.
+    SAVED_OPS, about 18 D numbers per token, so only norms and elementwise operations are.
     """
 
     def __init__(self, config):
@@ -364,13 +364,13 @@ class STDiTBlock(nn.Module):
 
 
 def patchify(x, patch_size):
-    """[B, C, T*pt, h*ph, w*pw] -> [B, T, S, C*pt*ph*pw]; the channel comes first in a patch."""
+    """[B, C, T*pt, h*ph, w*pw] -> [B, T, S, C*pt*ph*pw], in the order of a Conv3d's weight."""
     pt, ph, pw = patch_size
     return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(x, patch_size, h, w):
-    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; the channel comes last in a patch."""
+    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; channel last, as in released models."""
     pt, ph, pw = patch_size
     return rearrange(
         x, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=h, w=w, pt=pt, ph=ph, pw=pw
@@ -481,7 +481,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         y_proj = self.y_embedder.y_proj
         for linear in (*self.t_embedder.mlp[::2], self.t_block[1], y_proj.fc1, y_proj.fc2):
             nn.init.normal_(linear.weight, std=0.02)
-        # Zero at the start: output, cross-attention and, in v1's variants, temporal attention.
+        # Zero at the start: output, cross-attention and, unless it is Latte's, temporal attention.
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)
             if self.config.variant in ("sequential", "parallel"):

@@ -1,7 +1,7 @@
 """Training, from the command line to the loss, on a laptop's CPU or on many GPUs.
 
     python train.py                             # the toy: makes its data, trains, generates videos
-    torchrun --nproc-per-node 2 train.py        # the same numbers from two processes
+    torchrun --nproc-per-node 2 train.py        # the same with two processes, up to rounding
     torchrun --nproc-per-node 8 train.py --preset 16x256x256 --data CACHE
 
 A run is a folder: checkpoints, metrics.jsonl, loss.png, samples. --resume continues from its newest
@@ -48,7 +48,7 @@ from stdit import MODELS, VARIANTS, STDiT, drop_captions
 # the fields. The defaults are the toy's.
 
 
-# torch.compile builds C++ against Python's headers, on CPUs.
+# On a CPU, torch.compile needs a C++ compiler and Python's headers.
 HEADERS = Path(sysconfig.get_path("include"), "Python.h")
 HAS_COMPILER = sys.platform == "linux" and shutil.which("g++") is not None and HEADERS.exists()
 
@@ -75,7 +75,7 @@ class TrainConfig:
     stride: int = 1  # source frames per frame
     # optimization
     steps: int = 5000  # optimizer steps
-    image_fraction: float = 0.1  # the first fraction of steps trains on single frames: cheaper
+    image_fraction: float = 0.1  # fraction of steps, at the start, that train on single frames
     batch_size: int = 16  # clips per step, over all processes
     micro_batch: int = 0  # clips per forward pass of a process, as memory allows; 0: no limit
     lr: float = 2e-3  # peak learning rate of AdamW; v1: 2e-5, from pretrained weights
@@ -148,8 +148,8 @@ PRESETS = {
 
 
 def parse_command_line(argv=None):
-    """argv -> TrainConfig. --preset, --out and --resume are parsed first, for they determine the
-    defaults: those of the preset, or of the run to resume.
+    """argv -> TrainConfig. --preset, --out and --resume are parsed first, because they determine
+    the defaults: those of the preset, or of the run to resume.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy")
@@ -252,7 +252,7 @@ def open_data(config, distributed):
     if paths[1]:
         validation = open_cache(paths[1], c)
         rows, validation_rows = range(len(cache)), range(len(validation))
-    else:  # hold out some clips; of fewer than 20, none
+    else:  # hold out some clips; with fewer than 20, validate on the training clips
         validation, order = cache, permutation(c.seed, len(cache), epoch=-1)
         n = min(len(cache) // 20, 64)
         rows, validation_rows = sorted(order[n:]), order[:n] or order
@@ -336,7 +336,9 @@ def learning_rate(config, step):
 
 
 def update_ema(config, step, ema, model):
-    """ema = decay * ema + (1 - decay) * weights, with a smaller decay in the first steps."""
+    """ema = decay * ema + (1 - decay) * weights. The decay grows to ema_decay, so that the random
+    initial weights are soon forgotten.
+    """
     decay = min(config.ema_decay, (2 + step) / (11 + step))
     pairs = [(a, p) for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     with torch.no_grad():
@@ -442,7 +444,7 @@ def read_metrics(out):
 
 
 def rewind_metrics(out, start):
-    """Delete the lines after step `start`, which a resumed run writes again."""
+    """Delete the lines that a run resumed at `start` writes again."""
     # of step `start` itself, only the line of the training step is kept
     lines = [
         m for m in read_metrics(out) if m["step"] < start or m["step"] == start and "loss" in m
@@ -474,7 +476,7 @@ def log_step(config, step, losses, grad_norm, skipped, clips_per_second, distrib
 
 
 def plot_losses(out):
-    """Write loss.png: the training loss, and the validation loss by t."""
+    """Write loss.png: the MSE of the noise in training, and in validation by t."""
     from matplotlib.figure import Figure
 
     lines, figure = read_metrics(out), Figure(figsize=(8, 5), layout="constrained")
@@ -524,7 +526,8 @@ def load_checkpoint(folder, model, ema, optimizer, data_settings):
     require(same, f"{folder} was trained on other data: resume with the same, or use --init")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
     model.load_state_dict(training["model"])
-    optimizer.load_state_dict(training["optimizer"])
+    groups = optimizer.state_dict()["param_groups"]  # of the options, which may be new
+    optimizer.load_state_dict(training["optimizer"] | {"param_groups": groups})
     ema.load_state_dict(sample.load_model(folder).state_dict())
     return state["step"]
 
@@ -536,7 +539,9 @@ stop_signals = []  # those received
 
 
 def request_stop(number, frame):
-    """Handler of SIGTERM and Ctrl-C: the run saves and stops after its step; Ctrl-C again, now."""
+    """Handler of SIGTERM and Ctrl-C: the run finishes its step, saves and stops. A second Ctrl-C
+    stops it immediately.
+    """
     if number == signal.SIGINT and stop_signals:
         raise KeyboardInterrupt
     stop_signals.append(number)
@@ -555,7 +560,7 @@ def create_model(config, device, data_settings):
     model.to(device)
     for name, p in model.named_parameters():
         p.requires_grad_(config.trainable == "all" or "_temp" in name)
-    ema = deepcopy(model).requires_grad_(False).eval()  # before parallelize: rank 0 uses it alone
+    ema = deepcopy(model).requires_grad_(False).eval()  # never wrapped or sharded
     trainable_params = [p for p in model.parameters() if p.requires_grad]
     options = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(trainable_params, lr=config.lr, **options)
@@ -610,17 +615,19 @@ def train_step(config, step, model, ddp_model, ema, optimizer, stream, distribut
             (parts[0] / n).backward()  # micro-batches are equal, so the mean of means is the mean
         losses += parts.detach() / n
     if images and c.variant in ("sequential", "parallel"):
-        for block in model.blocks:  # one frame: nothing to learn about time, skip the update
-            block.attn_temp.zero_grad()
+        for (
+            block
+        ) in model.blocks:  # one frame says nothing about time: AdamW skips gradients of None
+            block.attn_temp.zero_grad(set_to_none=True)
     for group in optimizer.param_groups:
-        group.update(lr=learning_rate(c, step), betas=(0.9, c.beta2), weight_decay=c.weight_decay)
+        group["lr"] = learning_rate(c, step)
     # DDP has averaged the gradients, so all processes see the same norm and take the same branch.
     params = [p for p in model.parameters() if p.requires_grad]
     grad_norm = clip_grad_norm_(params, c.grad_clip).item()  # waits for the GPU
     if math.isfinite(grad_norm):
         optimizer.step()
         update_ema(c, step, ema, model)
-    optimizer.zero_grad(set_to_none=False)  # None would make DDP's buckets a second copy
+    optimizer.zero_grad(set_to_none=False)  # keeps them in DDP's buckets, instead of a second copy
     return losses, grad_norm
 
 
@@ -671,7 +678,7 @@ def train(config, distributed=data.Distributed("cpu")):
         if successive:
             skipped += 1
             print0(f"step {step + 1}  gradient norm {grad_norm}: skipped, {successive} in a row")
-        diverged = f"{successive} non-finite gradients in a row: --resume, with a lower --lr"
+        diverged = f"{successive} non-finite gradients in a row: resume with a lower learning rate"
         require(successive < c.max_nonfinite_steps, diverged)
         if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
             rate = timed * c.batch_size / seconds

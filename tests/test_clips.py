@@ -211,8 +211,8 @@ def test_broken_clips_raise_unreadable_clip_with_the_reason_in_one_line(good, tm
         "text.mp4": (b"<html> 403 Forbidden\n" * 99, 8, "Invalid data"),
         "text.jpg": (b"%PDF-1.7 not an image\n" * 99, 1, "Invalid data"),
         "subtitle.mp4": (b"1\n00:00:01,000 --> 00:00:02,000\na\n\n" * 9, 8, "no video stream"),
-        "codec.avi": (good["avi"].replace(b"FMP4", b"Q?Z9"), 8, "unknown codec"),
-        "no_times.h264": (good["h264"], 8, "1 frames; 8 at stride 1 need 8"),
+        "codec.avi": (good["avi"].replace(b"FMP4", b"Q?Z9"), 8, "no video stream"),
+        "no_times.h264": (good["h264"], 8, "packets without presentation times"),
         "start.mp4": (good["mp4"][:-1500], 8, ""),
         "end.mp4": (good["mp4"][1000:], 8, "Invalid data"),
         "start.mkv": (good["mkv"][:-900], 40, "frames; 40 at stride 1 need 40"),
@@ -264,10 +264,10 @@ def test_random_damage_raises_nothing_but_unreadable_clip(good, tmp_path):
 
 # --------------------------------------------------------------------------------- folders, caches
 def test_a_folder_is_a_data_set(tmp_path):
-    (tmp_path / "more").mkdir()
-    for name in ("b.mp4", "more/a.mkv", "silent.mp4", ".hidden.mp4"):
+    (tmp_path / "more").mkdir(), (tmp_path / ".trash").mkdir()
+    for name in ("b.mp4", "more/a.mkv", "silent.mp4", ".hidden.mp4", ".trash/c.mp4"):
         encode(tmp_path / name, drawing(12))
-    (tmp_path / "b.txt").write_text("a green   field\n with a wall\n")
+    (tmp_path / "b.txt").write_text("a green   field\n with a wall\n", "utf-8-sig")
     (tmp_path / "more/a.txt").write_text("See https://a.example/x?y=1 A WALL")
     clips = data.Clips(tmp_path, 8, 1, 32, 48, seed=3)
     assert [path.name for path, _ in clips.rows] == ["b.mp4", "a.mkv", "silent.mp4"]
@@ -303,11 +303,11 @@ def test_unreadable_clips_are_named_counted_and_left_out(folder, encoders, tmp_p
         generators = [data.keyed_generator(0, "posterior", row)]
         x0 = encoders[0].encode(clips[row].transpose(0, 1)[None], generators)
         assert_close(cache[i][0], x0[0], 4e-3, "fp16 storage of latents up to 8")
-    with pytest.raises(data.UserError, match="3 clips are unreadable"):
+    with pytest.raises(data.UserError, match="3 of 10 clips are unreadable"):
         data.write_cache(clips, tmp_path / "strict", *encoders, max_bad_fraction=0.2)
     assert not (tmp_path / "strict/index.json").exists()
     shutil.rmtree(source)
-    with pytest.raises(data.UserError, match="10 clips are unreadable"):
+    with pytest.raises(data.UserError, match="10 of 10 clips are unreadable"):
         data.write_cache(clips, tmp_path / "none", *encoders, max_bad_fraction=1.0)
 
 
@@ -334,7 +334,7 @@ def test_two_processes_write_the_files_of_one(folder, encoders, tmp_path):
     with pytest.raises(FileNotFoundError):  # rank 1 writes no index
         data.write_cache(clips, shares, *encoders, rank=1, world_size=2)
     names = [f"{row:06d}.safetensors" for row in range(1, 10, 2)]
-    assert sorted(contents(shares)) == [*names, "settings.json"]
+    assert sorted(contents(shares)) == names
     data.write_cache(clips, shares, *encoders, rank=0, world_size=2)
     torch.set_num_threads(threads)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
@@ -379,7 +379,7 @@ def llava(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("llava")
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    words = [*special.values(), "<image>", *QUESTION.split(), *(f"{i}." for i in range(60))]
+    words = [*special.values(), "<image>", *QUESTION.split(), *(f"{i}." for i in range(20))]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = tk.Tokenizer(tk.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tk.pre_tokenizers.WhitespaceSplit()
@@ -398,7 +398,7 @@ def llava(tmp_path_factory):
     model = tf.LlavaForConditionalGeneration(config)
     torch.manual_seed(0)
     for p in model.parameters():
-        p.data = torch.randn_like(p) * (0.5 if p.ndim < 2 else 2 * p[0].numel() ** -0.5)
+        p.data = torch.randn_like(p) * (0.5 if p.ndim < 2 else 4 * p[0].numel() ** -0.5)
     model.generation_config.suppress_tokens = [0, 1, 2, 3]  # answer with words alone
     model.save_pretrained(folder)
     return folder

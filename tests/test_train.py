@@ -530,7 +530,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("change", UNFIT)
 def test_data_and_weights_that_do_not_fit_the_run_are_refused(config, change):
-    argv = ["--data", config.data, "--out", config.out, *f"--{change}".split("=")]
+    argv = [*options_of(replace(config, steps=1)), f"--{change}"]
     with pytest.raises(UserError, match=UNFIT[change]) as error:
         train.train(train.parse_command_line(argv))
     assert "\n" not in str(error.value)

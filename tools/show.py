@@ -24,11 +24,11 @@ class ShowConfig:
     source: tyro.conf.Positional[str]  # folder of clips, CSV with the header path,text, or cache
     out: str  # folder to write show.png and show.gif to
     clips: int = 6  # number of clips
-    frames: int = 16  # frames of a clip; this and the next four have no effect on a cache
-    stride: int = 3  # source frames per frame
-    size: int = 256  # height in pixels
+    frames: int = 8  # frames of a clip; this and the next four have no effect on a cache
+    stride: int = 1  # source frames per frame
+    size: int = 64  # height in pixels
     width: int = 0  # width in pixels; 0: the height
-    seed: int = 0  # of temporal crops and posterior samples, as that of data.py
+    seed: int = 0  # random seed of temporal crops and posterior samples, as in data.py
     vae: str = ""  # folder or Hub name of the VAE; default: that of the cache, or assets/vae
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
 
@@ -62,7 +62,7 @@ def main():
     else:
         clips = data.Clips(c.source, c.frames, c.stride, c.size, width, c.seed)
         vae = data.VAE(c.vae or "assets/vae", device)
-        vae.check_size(c.frames, c.size, width, (1, 1, 1))
+        vae.check_size(c.frames, c.size, width)
         pairs = videos_of_clips(clips, vae)
     pairs = list(islice(pairs, c.clips))
     data.require(pairs, f"{c.source}: no clip is readable")
