@@ -217,6 +217,11 @@ def clean_caption(text):
     return " ".join(text.split()).strip(" ,;:'-")
 
 
+def open_video(path):
+    path = Path(path).absolute()  # FFmpeg takes a relative name with a colon for a protocol
+    return av.open(str(path), metadata_errors="replace")
+
+
 def video_stream(container):
     stream = container.streams.best("video")
     if stream is None or stream.codec_context is None:
@@ -226,7 +231,7 @@ def video_stream(container):
 
 def frame_times(path):
     """Presentation times of all frames in order, in the stream's time base; decodes nothing."""
-    with av.open(str(path), metadata_errors="replace") as container:
+    with open_video(path) as container:
         packets = container.demux(video_stream(container))
         times = {p.pts for p in packets if p.size and not p.is_discard}
     if None in times:
@@ -240,7 +245,7 @@ def decode(path, times, transform=lambda frame: frame):
     """
     found = {}
     for start in (times[0], None):  # seek; if that went too far (AVI), decode from the beginning
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_video(path) as container:
             stream = video_stream(container)
             stream.codec_context.thread_count = 1  # clips are read in parallel instead
             if start is not None:
@@ -279,7 +284,8 @@ def resize_and_center_crop(frames, height, width):
     """
     H, W = frames.shape[-2:]
     scale = min(H / height, W / width)
-    frames = tv.center_crop(frames, [round(height * scale), round(width * scale)])
+    crop = [max(1, round(height * scale)), max(1, round(width * scale))]
+    frames = tv.center_crop(frames, crop)
     return tv.resize(frames, [height, width], antialias=True)
 
 

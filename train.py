@@ -158,12 +158,14 @@ def parse_command_line(argv=None):
     args, _ = first.parse_known_args(argv)
     out = args.out or f"out/{args.preset}"
     default, checkpoint = replace(PRESETS[args.preset], out=out), sample.newest_checkpoint(out)
-    if checkpoint:
-        require(args.resume, f"{out} holds a run: continue it with --resume, or give another --out")
+    if args.resume and checkpoint:
         default = TrainConfig(**json.loads((checkpoint / "state.json").read_text())["config"])
     rank0 = os.environ.get("RANK", "0") == "0"
     options = {"description": __doc__, "console_outputs": rank0}
-    return tyro.cli(TrainConfig, args=argv, default=default, **options)
+    config = tyro.cli(TrainConfig, args=argv, default=default, **options)
+    exists = f"{out} holds a run: continue it with --resume, or give another --out"
+    require(args.resume or not checkpoint, exists)
+    return config
 
 
 def model_config(config):

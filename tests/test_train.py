@@ -389,7 +389,9 @@ def test_nonfinite_gradients_skip_steps_and_many_end_the_run(config, monkeypatch
     train.write_metrics(config.out, {"step": 9, "validation": [math.nan, math.inf, 1.0]})
     assert train.read_metrics(config.out)[-1]["validation"] == [None, None, 1.0]
     bad, other = set(range(4, 99)), replace(config, out=config.out + "2", max_nonfinite_steps=3)
-    with pytest.raises(UserError, match="^3 non-finite gradients in a row: --resume, .* --lr$"):
+    with pytest.raises(
+        UserError, match="^3 non-finite gradients in a row: resume with a lower learning rate$"
+    ):
         train.train(other)
     for c in (config, other):
         assert all(v.isfinite().all() for v in checkpoint_of(c).values())
@@ -579,7 +581,7 @@ ERRORS = {
 @pytest.mark.parametrize("options", ERRORS)
 def test_user_errors_exit_with_2_and_one_line(options, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--out", tmp_path / "run", *options.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (2, f"error: {ERRORS[options]}\n")
     assert not list(tmp_path.iterdir())
 
