@@ -274,7 +274,7 @@ def read_frames(path, frames, stride=1, generator=None, transform=lambda frame: 
             raise UnreadableClip(f"{len(times)} frames; {frames} at stride {stride} need {needed}")
         start = int(torch.randint(room, (1,), generator=generator)) if generator else room // 2
         return decode(path, times[start:][: (frames - 1) * stride + 1 : stride], transform)
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, IndexError) as error:  # IndexError: a damaged .ts in PyAV
         raise UnreadableClip(f"{type(error).__name__}: {error}") from None
 
 

@@ -306,7 +306,7 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not 
 def test_compiled_blocks_give_the_same_numbers(
     config, backend, checkpointing, processes, tmp_path, monkeypatch
 ):
-    if backend == "inductor" and not (shutil.which("c++") or shutil.which("g++")):
+    if backend == "inductor" and not train.HAS_COMPILER:
         pytest.skip("no C++ compiler")
     monkeypatch.setitem(train.MODELS, "toy", replace(train.MODELS["toy"], depth=2))
     config = replace(config, steps=4, image_fraction=0.5, save_every=4)
