@@ -617,10 +617,8 @@ def train_step(config, step, model, ddp_model, ema, optimizer, stream, distribut
             (parts[0] / n).backward()  # micro-batches are equal, so the mean of means is the mean
         losses += parts.detach() / n
     if images and c.variant in ("sequential", "parallel"):
-        for (
-            block
-        ) in model.blocks:  # one frame says nothing about time: AdamW skips gradients of None
-            block.attn_temp.zero_grad(set_to_none=True)
+        for block in model.blocks:  # one frame says nothing about time
+            block.attn_temp.zero_grad(set_to_none=True)  # AdamW skips gradients that are None
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
     # DDP has averaged the gradients, so all processes see the same norm and take the same branch.
@@ -659,7 +657,8 @@ def train(config, distributed=data.Distributed("cpu")):
         if d.rank == 0 and step > start and (stop or last or step % c.save_every == 0):
             save_checkpoint(c, step, model, ema, optimizer, stream.cache)
         if stop:
-            print0(f"stopped after step {step}; continue with --resume --out {c.out}")
+            saved = "no checkpoint" if step == 0 else f"continue with --resume --out {c.out}"
+            print0(f"stopped after step {step}; {saved}")
             return
 
         if step > 0 and (last or step % c.eval_every == 0):

@@ -323,8 +323,12 @@ def test_compiled_blocks_give_the_same_numbers(
 def test_activation_checkpointing_changes_no_bit(config, checkpointing, monkeypatch):
     train.train(config)
     checkpoint, calls = stdit.checkpoint, []
-    wrapper = lambda *args, **options: calls.append(options) or checkpoint(*args, **options)  # noqa: E731
-    monkeypatch.setattr(stdit, "checkpoint", wrapper)
+
+    def counted(*args, **options):
+        calls.append(options)
+        return checkpoint(*args, **options)
+
+    monkeypatch.setattr(stdit, "checkpoint", counted)
     other = replace(config, out=config.out + "2", activation_checkpointing=checkpointing)
     train.train(other)
     assert_same_checkpoints(config, other)
