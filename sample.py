@@ -11,7 +11,6 @@ Shapes in this file:
     H, W latent height and width    N steps of a schedule, 1000 in training
 """
 
-import contextlib
 import gc
 import json
 import math
@@ -53,10 +52,8 @@ class Schedule(NamedTuple):
     sigma: torch.Tensor  # [N]  sqrt(1 - alphas_cumprod), scale of the noise
     alpha_prev: torch.Tensor  # [N]  alpha one step closer to x_0; 1 at index 0
     sigma_prev: torch.Tensor  # [N]  0 at index 0
-    posterior_mean_coef1: (
-        torch.Tensor
-    )  # [N]  coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0)
-    posterior_mean_coef2: torch.Tensor  # [N]  coefficient of x_t (DDPM, eq. 7)
+    posterior_mean_coef1: torch.Tensor  # [N]  of x_0 in the mean of q(x_{t-1} | x_t, x_0)
+    posterior_mean_coef2: torch.Tensor  # [N]  of x_t (DDPM, eq. 7)
     log_betas: torch.Tensor  # [N]  upper bound of the log variance of a reverse step
     posterior_log_variance: torch.Tensor  # [N]  log beta-tilde, the lower bound
 
@@ -88,9 +85,8 @@ def schedule_from_timesteps(timesteps):
 def make_schedule(steps=1000):
     """The training schedule, or `steps` of its timesteps, evenly spaced from 0 to 999."""
     require(2 <= steps <= 1000, f"steps={steps}: expected 2 to 1000")
-    return schedule_from_timesteps(
-        torch.linspace(0, 999, steps, dtype=torch.float64).round().long()
-    )
+    timesteps = torch.linspace(0, 999, steps, dtype=torch.float64).round().long()
+    return schedule_from_timesteps(timesteps)
 
 
 TRAIN_SCHEDULE = make_schedule(1000)
@@ -139,7 +135,7 @@ def diffusion_loss(schedule, out, x0, x_t, t, noise):
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
-    eps, v = out.to(x0.dtype).chunk(2, dim=1)  # 2 x [B, C, T, H, W], fp32 from here on
+    eps, v = out.chunk(2, dim=1)  # 2 x [B, C, T, H, W]
     mse = (eps - noise).square().flatten(1).mean(1)
     mean = posterior_mean(schedule, predict_x0(schedule, x_t, t, eps.detach()), x_t, t)
     log_var = log_variance(schedule, v, t)
@@ -170,32 +166,28 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # Gaussian. DDIM solves an ODE with the same marginals; without noise, fewer steps suffice.
 # DPM-Solver++ solves that ODE to second order, extrapolating x_0 from its last two predictions.
 #
-# Arguments: x, eps, v, noise [B, C, T, H, W]; step_index into the schedule; x0_last, the x_0
-# predicted in the step before (None in the first) -> x, one step closer to x_0. x_0 is not clipped:
-# latents have no bounds.
+# Arguments: x [B, C, T, H, W]; i, index into the schedule; x0, the predicted x_0, which is not
+# clipped, because latents have no bounds; eps, v, predicted noise and variance; noise, to be added;
+# x0_last, the x0 of the step before (None in the first) -> x, one step closer to x_0.
 
 
-def ddpm_step(schedule, x, step_index, eps, v, noise, x0_last=None):
+def ddpm_step(schedule, x, i, x0, eps, v, noise, x0_last=None):
     """Ancestral sampling with learned variance (DDPM, algorithm 2; IDDPM, eq. 15)."""
-    mean = posterior_mean(schedule, predict_x0(schedule, x, step_index, eps), x, step_index)
-    std = (0.5 * log_variance(schedule, v, step_index)).exp()
-    return mean + std * noise if step_index > 0 else mean
+    mean = posterior_mean(schedule, x0, x, i)
+    return mean + (0.5 * log_variance(schedule, v, i)).exp() * noise if i > 0 else mean
 
 
-def ddim_step(schedule, x, step_index, eps, v, noise, x0_last=None):
+def ddim_step(schedule, x, i, x0, eps, v, noise, x0_last=None):
     """Deterministic DDIM (arXiv 2010.02502, eq. 12 with sigma = 0)."""
-    x0 = predict_x0(schedule, x, step_index, eps)
-    return schedule.alpha_prev[step_index] * x0 + schedule.sigma_prev[step_index] * eps
+    return schedule.alpha_prev[i] * x0 + schedule.sigma_prev[i] * eps
 
 
-def dpm_step(schedule, x, step_index, eps, v, noise, x0_last=None):
+def dpm_step(schedule, x, i, x0, eps, v, noise, x0_last=None):
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). Without the extrapolation it is DDIM.
 
     Its time variable is lambda = log(alpha / sigma), half the log SNR. It is infinite at x_0, so
     the last step is first order, like the first, which has no earlier prediction.
     """
-    i = step_index
-    x0 = predict_x0(schedule, x, i, eps)
     if x0_last is not None and i > 0:
         lambda_t = (schedule.alpha / schedule.sigma).log()  # [N]
         h, h_last = lambda_t[i - 1] - lambda_t[i], lambda_t[i] - lambda_t[i + 1]
@@ -224,26 +216,20 @@ SAMPLERS = {  # name: (its schedule, its step)
 # Training replaces 10% of the captions by the null caption, so one network predicts the noise with
 # and without a caption. Sampling extrapolates from the second to the first (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
-# where guidance 1 is the plain conditional prediction.
-
-
-def autocast(device):
-    """bf16 autocast on CUDA: fp32 weights, matrix products in bf16. fp32 on CPU and MPS."""
-    on_cuda = torch.device(device).type == "cuda"
-    return torch.autocast("cuda", torch.bfloat16) if on_cuda else contextlib.nullcontext()
+# where guidance 1 is the plain conditional prediction. It decides the content, at large t; at small
+# t it only distorts what is there, so it can be limited to an interval (arXiv 2404.07724).
 
 
 def predict_noise(model, x, t, y, mask, guidance, v1_guidance=False):
     """Guided eps and v, [B, C, T, H, W] each, for x [B, C, T, H, W] at timestep t (scalar tensor).
 
-    y [2B, L, E], mask [2B, L]: B captions, then B null captions; with guidance 1 only captions. v
+    y [2B, L, E], mask [2B, L]: B captions, then B null captions, which guidance 1 does not use. v
     is the conditional one. v1_guidance: guide 3 of the 4 channels, as v1 does (and DiT, which v1's
     code follows).
     """
     x = x if guidance == 1 else torch.cat([x, x])
-    with autocast(x.device):
-        out = model(x, t.expand(len(x)), y, mask).to(x.dtype)  # [B or 2B, 2C, T, H, W]
-    eps, v = out.chunk(2, dim=1)
+    n = len(x)  # B or 2B
+    eps, v = model(x, t.expand(n), y[:n], mask[:n]).chunk(2, dim=1)  # [n, C, T, H, W] each
     if guidance == 1:
         return eps, v
     eps_cond, eps_uncond = eps.chunk(2)  # 2 x [B, C, T, H, W]
@@ -255,17 +241,28 @@ def predict_noise(model, x, t, y, mask, guidance, v1_guidance=False):
 
 @torch.no_grad()
 def sample(
-    model, y, mask, shape, keys, steps, guidance, sampler="ddpm", v1_guidance=False, verbose=False
+    model,
+    y,
+    mask,
+    shape,
+    keys,
+    steps,
+    guidance,
+    guidance_min_t=0,
+    sampler="ddpm",
+    v1_guidance=False,
 ):
     """Generate latents for B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W) of one video's
     latents -> [B, C, T, H, W].
 
     keys: for each video the key of its noise (data.keyed_generator). Beyond rounding, a video does
-    not depend on the rest of its batch. v1's configs have 100 steps and guidance 7. v1_guidance
-    reproduces v1: three guided channels, and a null caption with the padding mask of the prompt.
+    not depend on the rest of its batch. v1's configs have 100 steps and guidance 7. guidance_min_t:
+    guide only at timesteps from this one up. v1_guidance reproduces v1: three guided channels, and
+    a null caption with the padding mask of the prompt.
     """
     make, step = SAMPLERS[sampler]
-    schedule = make(steps).to(y.device)
+    schedule = make(steps)
+    timesteps, schedule = schedule.timesteps.tolist(), schedule.to(y.device)
     generators = [keyed_generator(*key) for key in keys]
 
     def noise():  # [B, C, T, H, W]
@@ -277,10 +274,11 @@ def sample(
         null_mask = mask if v1_guidance else null_mask
         y, mask = torch.cat([y, null]), torch.cat([mask.bool(), null_mask.bool()])
     x, x0 = noise(), None
-    for i in progress(range(steps)[::-1], "sampling", enabled=verbose):
-        eps, v = predict_noise(model, x, schedule.timesteps[i], y, mask, guidance, v1_guidance)
+    for i in progress(range(steps)[::-1], "sampling"):
+        g = guidance if timesteps[i] >= guidance_min_t else 1
+        eps, v = predict_noise(model, x, schedule.timesteps[i], y, mask, g, v1_guidance)
         x0_last, x0 = x0, predict_x0(schedule, x, i, eps)
-        x = step(schedule, x, i, eps, v, noise() if sampler == "ddpm" else None, x0_last)
+        x = step(schedule, x, i, x0, eps, v, noise() if sampler == "ddpm" else None, x0_last)
     return x
 
 
@@ -298,7 +296,7 @@ def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
     for i in range(0, len(keys), batch_size):
         part = slice(i, i + batch_size)
         latents = sample(model, y[part], mask[part], shape, keys[part], **options)
-        videos += data.to_uint8(vae.decode(latents).transpose(1, 2)).unbind()
+        videos += [data.to_uint8(vae.decode(z)) for z in latents]
     return videos
 
 
@@ -307,8 +305,8 @@ def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
 #
 # Weights are stored as a folder: config.json (STDiTConfig) and model.safetensors, written by
 # STDiT.save_pretrained, and sample.json, the other settings of sampling (vae, t5, frames, size,
-# width, output_fps, guidance). A checkpoint of train.py is such a folder, with the EMA weights;
-# tools/convert_weights.py makes one from released weights.
+# width, output_fps, guidance, guidance_min_t). A checkpoint of train.py is such a folder, with the
+# EMA weights; tools/convert_weights.py makes one from released weights.
 
 
 def newest_checkpoint(run):
@@ -362,13 +360,12 @@ class SampleConfig:
     out: str = "samples"  # folder to write
     frames: int | None = None  # frames of a video, 1 for an image; None: as in training
     size: int | None = None  # height in pixels; None: as in training
-    width: int | None = (
-        None  # width in pixels; None: as in training, or the height if --size is set
-    )
+    width: int | None = None  # in pixels; None: as in training, or the height if --size is set
     output_fps: int | None = None  # frames per second of the files; None: as in training
     steps: int = 50  # denoising steps; v1: 100
     sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # dpm: DPM-Solver++(2M), good with 20 steps
     guidance: float | None = None  # classifier-free guidance, 1: none; v1: 7; None: as in training
+    guidance_min_t: int | None = None  # guide only at timesteps from this one up; v1: 0
     v1_guidance: bool = False  # as v1: guide 3 of 4 channels, null caption with the prompt's mask
     space_scale: float | None = None  # spatial position = index / scale; None: as in training
     time_scale: float | None = None  # temporal position = index / scale; None: as in training
@@ -381,15 +378,13 @@ class SampleConfig:
 
 
 def resolve(config):
-    """Fill fields that are None from sample.json of the weights, if it is there -> SampleConfig."""
+    """Fill fields that are None from sample.json of the weights -> SampleConfig."""
     file = find_weights(config.weights) / "sample.json"
-    settings = {"frames": 16, "size": 256, "output_fps": 8, "guidance": 4.0}
-    settings |= json.loads(file.read_text()) if file.is_file() else {}
+    require(file.is_file(), f"{file} is missing; train.py and tools/convert_weights.py write it")
+    settings = json.loads(file.read_text())
     settings |= {k: v for k, v in vars(config).items() if v is not None}
-    if config.size and not config.width or "width" not in settings:
-        settings["width"] = settings["size"]
-    for name in ("vae", "t5"):
-        require(name in settings, f"{config.weights} names no {name}: give --{name}")
+    if config.size and not config.width:
+        settings["width"] = config.size
     return SampleConfig(**settings)
 
 
@@ -423,11 +418,6 @@ def main():
     model.sp_group, m = d.sp_group, model.config
     vae, t5 = data.VAE(c.vae, d.device), data.T5(c.t5, m.caption_length, d.device)
     vae.check_size(c.frames, c.size, c.width, m.patch_size)
-    for name, found, needed in (
-        (c.t5, t5.channels, m.caption_channels),
-        (c.vae, vae.channels, m.in_channels),
-    ):
-        require(found == needed, f"{name} has {found} channels, the model needs {needed}")
     y, mask = t5.encode([data.clean_caption(prompt) for prompt in c.prompt])
     del t5  # T5-XXL takes 9.5 GB in bf16
     gc.collect()
@@ -435,9 +425,10 @@ def main():
     print0(f"{c.weights}: {m}\n{c.frames} frames of {c.size}x{c.width}, guidance {c.guidance:g}")
     shape = (vae.channels, c.frames, c.size // vae.factor, c.width // vae.factor)
     keys = video_keys(c.seed, c.prompt)
-    options = {k: getattr(c, k) for k in ("steps", "guidance", "sampler", "v1_guidance")}
-    options |= {"batch_size": c.batch_size, "verbose": d.rank == 0}
-    videos = generate(model.to(d.device), vae, y, mask, keys, shape, **options)
+    options = {
+        k: getattr(c, k) for k in ("steps", "sampler", "guidance", "guidance_min_t", "v1_guidance")
+    }
+    videos = generate(model.to(d.device), vae, y, mask, keys, shape, c.batch_size, **options)
     if d.rank == 0:
         write_videos(c.out, c.prompt, videos, c.output_fps)
     print0(f"{c.steps} steps of {c.sampler}: {time.time() - start:.1f} s on {d.device}")

@@ -16,10 +16,8 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -180,63 +178,41 @@ def modulate(x, shift, scale):
 # Sequence parallelism
 #
 # The activations of 65,536 tokens (64x512x512 pixels) can exceed one GPU. With sequence parallelism
-# n processes share a video, each holding T/n frames. Only temporal attention needs all frames:
-# an all-to-all before it gathers frames and scatters patches, and a second one undoes this (Dynamic
-# Sequence Parallelism, arXiv 2403.10266). Each process sends (n-1)/n of its tokens twice; splitting
-# heads (Ulysses) would send q, k, v and the output. If n does not divide T or S, zeros are
-# appended; they form sequences of their own, which are cut off, so no real token attends to them.
+# the n processes of a group share a video, each holding T/n frames. Only temporal attention needs
+# all frames: an all-to-all before it gathers frames and scatters patches, and a second one undoes
+# this (Dynamic Sequence Parallelism, arXiv 2403.10266). Each process sends (n-1)/n of its tokens
+# twice; splitting heads (Ulysses) would send q, k, v and the output. n must divide T and S. Without
+# a group (None), the three functions return x.
 
 
-class Shard(NamedTuple):
-    """How tokens [B, T, S, D] are split over the n processes of a group: T/n frames each or, inside
-    temporal attention, S/n patches each, rounded up.
-    """
-
-    group: dist.ProcessGroup
-    T: int  # frames of the whole video
-    S: int  # patches of a whole frame
-
-
-def pad_to_multiple(x, dim, n):
-    """Append zeros along dim until n divides its length."""
-    missing = -x.shape[dim] % n
-    padding = x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])
-    return torch.cat([x, padding], dim) if missing else x
-
-
-def all_to_all(x, gather_dim, scatter_dim, shard):
+def all_to_all(x, gather_dim, scatter_dim, group):
     """Gather one dimension and scatter another. gather 1, scatter 2: [B, T/n, S, D] -> [B, T, S/n,
-    D]; gather 2, scatter 1: the reverse. The identity without a shard.
+    D]; gather 2, scatter 1: the reverse.
     """
-    if shard is None:
+    if group is None:
         return x
-    n = shard.group.size()
-    parts = torch.stack(pad_to_multiple(x, scatter_dim, n).chunk(n, scatter_dim))  # [n, B, ...]
-    parts = all_to_all_single_autograd(parts, None, None, shard.group)  # parts[i] to process i
-    x = torch.cat(parts.unbind(), gather_dim)
-    return x.narrow(gather_dim, 0, shard.T if gather_dim == 1 else shard.S)  # without padding
+    parts = torch.stack(x.chunk(group.size(), scatter_dim))  # [n, B, ...]
+    parts = all_to_all_single_autograd(parts, None, None, group)  # parts[i] to process i
+    return torch.cat(parts.unbind(), gather_dim)
 
 
-def split_frames(x, shard):
-    """[B, T, ...] -> [B, T/n, ...], the frames of this process. The identity without a shard."""
-    if shard is None:
-        return x
-    n = shard.group.size()
-    return pad_to_multiple(x, 1, n).chunk(n, 1)[shard.group.rank()]
+def split_frames(x, group):
+    """[B, T, ...] -> [B, T/n, ...], the frames of this process."""
+    return x if group is None else x.chunk(group.size(), 1)[group.rank()]
 
 
-def gather_frames(x, shard):
-    """[B, T/n, ...] -> [B, T, ...] on every process. The identity without a shard.
+def gather_frames(x, group):
+    """[B, T/n, ...] -> [B, T, ...] on every process.
 
     Backward sums the gradients of all n processes. If each computes the loss of the whole video,
     a weight's gradient on one process is n times the contribution of its own frames, and the mean
     over processes, which DDP takes, is the gradient of the loss.
     """
-    if shard is None:
+    if group is None:
         return x
-    parts = x.expand(shard.group.size(), *x.shape).contiguous()  # [n, B, T/n, ...]
-    parts = all_to_all_single_autograd(parts, None, None, shard.group)
-    return torch.cat(parts.unbind(), 1)[:, : shard.T]
+    parts = x.expand(group.size(), *x.shape).contiguous()  # [n, B, T/n, ...]
+    parts = all_to_all_single_autograd(parts, None, None, group)
+    return torch.cat(parts.unbind(), 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,13 +247,13 @@ def attend(attention, x, sequences):
     return rearrange(out, f"{sequences} -> b t s d", t=t, s=s)
 
 
-def temporal_attention(attention, x, shard):
-    """Attention across frames; with a shard, these are gathered first. [B, T, S, D] -> the same."""
-    if shard and torch.is_autocast_enabled(x.device.type):  # send bf16, in which it is computed
+def temporal_attention(attention, x, group):
+    """Attention across frames [B, T, S, D] -> the same; with a group, frames are gathered first."""
+    if group and torch.is_autocast_enabled(x.device.type):  # send bf16, in which it is computed
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    x = all_to_all(x, gather_dim=1, scatter_dim=2, shard=shard)  # with a shard: [B, T, S/n, D]
+    x = all_to_all(x, gather_dim=1, scatter_dim=2, group=group)  # with a group: [B, T, S/n, D]
     x = attend(attention, x, "(b s) t d")
-    return all_to_all(x, gather_dim=2, scatter_dim=1, shard=shard)
+    return all_to_all(x, gather_dim=2, scatter_dim=1, group=group)
 
 
 # Outputs kept by selective activation checkpointing: matrix products, attention, communication.
@@ -322,10 +298,10 @@ class STDiTBlock(nn.Module):
         options |= {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
         return checkpoint(self.compute, *inputs, **options)
 
-    def compute(self, x, y, mask, modulation, temporal_pos, shard=None):
+    def compute(self, x, y, mask, modulation, temporal_pos, group=None):
         """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; modulation [B, 6, D]
         from the timestep; temporal_pos [1, T, 1, D] in the first block, 0 in the others
-        -> [B, T, S, D]. With a shard, x and temporal_pos are this process's frames.
+        -> [B, T, S, D]. With a group, x and temporal_pos are this process's frames.
         """
         m = self.scale_shift_table + modulation  # [B, 6, D]
         m = m[:, :, None, None].unbind(1)  # 6 x [B, 1, 1, D]
@@ -333,18 +309,13 @@ class STDiTBlock(nn.Module):
 
         if self.variant == "full":
             x = x + temporal_pos
-        x_attn = modulate(norm(x), shift_attn, scale_attn)
+        sequences = "b (t s) d" if self.variant == "full" else "(b t) s d"
+        out = attend(self.attn, modulate(norm(x), shift_attn, scale_attn), sequences)
+        if self.variant == "parallel":
+            out = out + temporal_attention(self.attn_temp, x + temporal_pos, group)
+        x = x + gate_attn * out
         if self.variant == "sequential":
-            x = x + gate_attn * attend(self.attn, x_attn, "(b t) s d")
-            x = x + gate_attn * temporal_attention(self.attn_temp, x + temporal_pos, shard)
-        elif self.variant == "parallel":
-            x_space = attend(self.attn, x_attn, "(b t) s d")
-            x_time = temporal_attention(self.attn_temp, x + temporal_pos, shard)
-            x = x + gate_attn * (x_space + x_time)
-        elif self.variant == "full":
-            x = x + gate_attn * attend(self.attn, x_attn, "b (t s) d")
-        elif self.variant == "latte":  # the spatial block; the temporal one follows below
-            x = x + gate_attn * attend(self.attn, x_attn, "(b t) s d")
+            x = x + gate_attn * temporal_attention(self.attn_temp, x + temporal_pos, group)
 
         x = x + self.cross_attn(x, y, mask)
         x = x + gate_mlp * self.mlp(modulate(norm(x), shift_mlp, scale_mlp))
@@ -354,7 +325,7 @@ class STDiTBlock(nn.Module):
             shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = m
             x = x + temporal_pos
             x_attn = modulate(norm(x), shift_attn, scale_attn)
-            x = x + gate_attn * temporal_attention(self.attn_temp, x_attn, shard)
+            x = x + gate_attn * temporal_attention(self.attn_temp, x_attn, group)
             x = x + gate_mlp * self.mlp_temp(modulate(norm(x), shift_mlp, scale_mlp))
         return x
 
@@ -377,16 +348,9 @@ def unpatchify(x, patch_size, h, w):
     )
 
 
-def no_autocast(device):
-    """A context without autocast, which does not exist on every device (e.g. meta)."""
-    exists = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if exists else nullcontext()
-
-
 class PatchEmbedder(nn.Module):
     """Patches [B, T, S, C*pt*ph*pw] -> tokens [B, T, S, D]. In the released models it is a Conv3d
-    with stride = kernel, which is this linear layer. In fp32, because rounding the noisy latents to
-    bf16 would add noise to what the network has to predict.
+    with stride = kernel, which is this linear layer.
     """
 
     def __init__(self, config):
@@ -395,8 +359,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=p, stride=p)
 
     def forward(self, x):
-        with no_autocast(x.device):
-            return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):
@@ -431,7 +394,7 @@ class CaptionEmbedder(nn.Module):
 
 class FinalLayer(nn.Module):
     """Tokens [B, T, S, D] and the timestep embedding [B, D] (before t_block)
-    -> patches [B, T, S, pt*ph*pw*2C]. In fp32, like PatchEmbedder.
+    -> patches [B, T, S, pt*ph*pw*2C].
     """
 
     def __init__(self, config):
@@ -441,20 +404,26 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D**0.5)
 
     def forward(self, x, t):
-        with no_autocast(x.device):
-            m = self.scale_shift_table + t[:, None]  # [B, 2, D]
-            shift, scale = m[:, :, None, None].unbind(1)  # 2 x [B, 1, 1, D]
-            return self.linear(modulate(norm(x), shift, scale))
+        m = self.scale_shift_table + t[:, None]  # [B, 2, D]
+        shift, scale = m[:, :, None, None].unbind(1)  # 2 x [B, 1, 1, D]
+        return self.linear(modulate(norm(x), shift, scale))
 
 
 # ---------------------------------------------------------------------------------------------
 # The network
 
 
+def autocast(device):
+    """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. Weights,
+    both ends of the network and the loss are always fp32: rounding the noisy latents to bf16 would
+    add noise to what the network has to predict.
+    """
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
 class STDiT(nn.Module, PyTorchModelHubMixin):
-    """STDiT-XL/2 has 759,620,768 parameters, of which PixArt-alpha has 610,856,096. Weights are
-    fp32; for bf16 use autocast. save_pretrained writes config.json and model.safetensors, which
-    sample.load_model reads.
+    """STDiT-XL/2 has 759,620,768 parameters, of which PixArt-alpha has 610,856,096. save_pretrained
+    writes config.json and model.safetensors, which sample.load_model reads.
     """
 
     def __init__(self, config: STDiTConfig):
@@ -497,27 +466,29 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         grid: any T, H, W that the patch divides.
         """
         c, (pt, ph, pw), (T, H, W) = self.config, self.config.patch_size, x.shape[2:]
-        if T % pt or H % ph or W % pw:
-            raise ValueError(f"latents of {T}x{H}x{W} do not divide into patches of {pt}x{ph}x{pw}")
         T, h, w = T // pt, H // ph, W // pw
-        shard = Shard(self.sp_group, T, h * w) if self.sp_group else None
-        if shard and c.variant == "full":
-            raise ValueError("variant=full attends over all tokens at once: use sp=1")
+        group = self.sp_group
+        if group and (c.variant == "full" or T % group.size() or h * w % group.size()):
+            raise ValueError(
+                f"{group.size()} processes cannot share a video of {T} frames of {h * w} patches "
+                f"with variant={c.variant}: sp must divide both, and be 1 for full"
+            )
 
-        x = split_frames(patchify(x, c.patch_size), shard)  # [B, T, S, C*pt*ph*pw]
+        x = split_frames(patchify(x, c.patch_size), group)  # [B, T, S, C*pt*ph*pw]
         x = self.x_embedder(x) + spatial_pos_embed(h, w, c.hidden_size, c.space_scale, x.device)
         temporal_pos = temporal_pos_embed(T, c.hidden_size, c.time_scale, x.device)
-        temporal_pos = split_frames(temporal_pos, shard)  # [1, T, 1, D]
+        temporal_pos = split_frames(temporal_pos, group)  # [1, T, 1, D]
         if T == 1 and c.variant in ("full", "latte"):  # images: the tokens of an image model
             temporal_pos = 0.0
         t = self.t_embedder(t)  # [B, D]
         modulation = self.t_block(t).unflatten(1, (6, -1))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
         mask = None if mask is None else mask.bool()  # [B, L]
-        for i, block in enumerate(self.blocks):
-            pos = temporal_pos if i == 0 else 0.0
-            x = block(x, y, mask, modulation, pos, shard)  # [B, T, S, D]
-        x = gather_frames(self.final_layer(x, t), shard)  # [B, T, S, pt*ph*pw*2C]
+        with autocast(x.device):
+            for i, block in enumerate(self.blocks):
+                pos = temporal_pos if i == 0 else 0.0
+                x = block(x, y, mask, modulation, pos, group)  # [B, T, S, D]
+        x = gather_frames(self.final_layer(x, t), group)  # [B, T, S, pt*ph*pw*2C]
         return unpatchify(x, c.patch_size, h, w)  # [B, 2C, T*pt, H, W]
 
 

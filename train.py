@@ -75,7 +75,6 @@ class TrainConfig:
     stride: int = 1  # source frames per frame
     # optimization
     steps: int = 5000  # optimizer steps
-    image_fraction: float = 0.1  # fraction of steps, at the start, that train on single frames
     batch_size: int = 16  # clips per step, over all processes
     micro_batch: int = 0  # clips per forward pass of a process, as memory allows; 0: no limit
     lr: float = 2e-3  # peak learning rate of AdamW; v1: 2e-5, from pretrained weights
@@ -104,7 +103,8 @@ class TrainConfig:
     keep_checkpoints: int = 2  # number of newest checkpoints to keep
     num_samples: int = 6  # sample videos to write; 0: none are generated
     sample_steps: int = 20  # denoising steps of sample videos, with DPM-Solver++
-    guidance: float = 2.0  # classifier-free guidance of sample videos; v1's configs: 7
+    guidance: float = 3.0  # classifier-free guidance of sample videos; v1's configs: 7
+    guidance_min_t: int = 400  # guide only at timesteps from this one up; v1: 0
     output_fps: int = 8  # frames per second of sample videos
 
 
@@ -121,7 +121,6 @@ V1 = TrainConfig(
     size=256,
     stride=3,
     steps=80_000,
-    image_fraction=0.0,
     batch_size=512,
     micro_batch=8,
     lr=2e-5,
@@ -134,6 +133,7 @@ V1 = TrainConfig(
     activation_checkpointing="full",
     log_every=10,
     guidance=7.0,
+    guidance_min_t=0,
 )
 LARGE = replace(V1, size=512, space_scale=1.0, steps=20_000, batch_size=128, micro_batch=1)
 LONG = replace(LARGE, frames=64, stride=2, time_scale=1.5, output_fps=12)
@@ -188,6 +188,14 @@ def model_config(config):
 @lru_cache(maxsize=2)
 def permutation(seed, n, epoch):
     return torch.randperm(n, generator=keyed_generator(seed, "order", epoch)).tolist()
+
+
+def positions_of_step(config, step, distributed):
+    """The positions of a step's clips on this process: a range for each of its micro-batches."""
+    c, d = config, distributed
+    B = c.micro_batch or c.batch_size // d.dp_size
+    first, end = step * c.batch_size + d.dp_rank * B, (step + 1) * c.batch_size
+    return [range(i, i + B) for i in range(first, end, B * d.dp_size)]
 
 
 class Stream:
@@ -277,40 +285,29 @@ def draw_timesteps(config, positions):
     return torch.tensor([min(int(1000 * v), 999) for v in u])
 
 
-def draw_noise(config, keys, shape):
-    """Noise [B, *shape], fp32; keys: one per sample."""
-    generators = [keyed_generator(config.seed, "noise", key) for key in keys]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-
-def draw_uniform(config, purpose, keys):
-    """Uniform numbers in [0, 1): [B]; keys: one per sample."""
+def draw(random, config, purpose, keys, *shape):
+    """One draw of random (torch.rand or torch.randn) per key -> [B, *shape]."""
     generators = [keyed_generator(config.seed, purpose, key) for key in keys]
-    return torch.cat([torch.rand(1, generator=g) for g in generators])
+    return torch.stack([random(shape, generator=g) for g in generators])
 
 
 # ---------------------------------------------------------------------------------------------
 # The training step
 
 
-def training_loss(config, model, null, batch, positions, images):
+def training_loss(config, model, null, batch, positions):
     """The loss of a batch -> [3]: the loss to minimize, the mean MSE and the mean VLB. model:
-    wrapped in DDP if there are several processes. null [L, E]: its null caption. images: train on
-    single frames.
+    wrapped in DDP if there are several processes. null [L, E]: its null caption.
     """
     x0, y, mask = batch  # [B, C, T, H, W], [B, L, E], [B, L]
     device = x0.device
-    if images:  # one random frame of each clip: [B, C, 1, H, W]
-        frame = (draw_uniform(config, "frame", positions) * x0.shape[2]).long().tolist()
-        x0 = torch.stack([clip[:, f, None] for clip, f in zip(x0, frame)])
     t = to_device(draw_timesteps(config, positions), device)  # [B]
-    noise = to_device(draw_noise(config, positions, x0.shape[1:]), device)  # [B, C, T, H, W]
-    drop = draw_uniform(config, "drop", positions) < config.drop_caption  # [B]
+    noise = to_device(draw(torch.randn, config, "noise", positions, *x0.shape[1:]), device)
+    drop = draw(torch.rand, config, "drop", positions) < config.drop_caption  # [B]
     y, mask = drop_captions(y, mask, to_device(drop, device), null)
     schedule = schedule_on(device)
     x_t = sample.q_sample(schedule, x0, t, noise)
-    with sample.autocast(device):
-        out = model(x_t, t, y, mask)  # [B, 2C, T, H, W]
+    out = model(x_t, t, y, mask)  # [B, 2C, T, H, W]
     parts = sample.diffusion_loss(schedule, out, x0, x_t, t, noise)  # [B] each
     loss = loss_weights(config, t) * (parts["mse"] + parts["vlb"])  # [B]
     return torch.stack([loss.mean(), parts["mse"].mean(), parts["vlb"].mean()])
@@ -367,12 +364,11 @@ def validation_loss(config, model, stream, distributed):
         x0, y, mask = stream.batch(part, d.device)
         sums[4] += len(part)
         for b in range(4):
-            keys = [f"validation {p} {b}" for p in part]
-            t = 250 * b + (250 * draw_uniform(config, "validation t", keys)).long().to(d.device)
-            noise = draw_noise(config, keys, x0.shape[1:]).to(d.device)
+            keys = [("validation", p, b) for p in part]
+            t = 250 * b + (250 * draw(torch.rand, config, "t", keys)).long().to(d.device)
+            noise = draw(torch.randn, config, "noise", keys, *x0.shape[1:]).to(d.device)
             x_t = sample.q_sample(schedule_on(d.device), x0, t, noise)
-            with sample.autocast(d.device):
-                out = model(x_t, t, y, mask)
+            out = model(x_t, t, y, mask)
             loss = sample.diffusion_loss(schedule_on(d.device), out, x0, x_t, t, noise)
             sums[b] += loss["mse"].sum().item()
     *sums, count = data.all_reduce_sum(sums).tolist()
@@ -386,11 +382,10 @@ def sample_captions(config, validation, repeats=(2, 8)):
     if config.data != "toy":
         captions = [validation.cache.captions[row] for row in validation.rows]
         return list(dict.fromkeys(captions))[: config.num_samples]
-    captions, seen = [], [triple for triple in data.TRIPLES if triple not in data.UNSEEN]
+    triples = []
     for r in range(max(repeats)):
-        captions += [data.caption_of(triple) for triple in data.UNSEEN if r < repeats[1]]
-        captions += [data.caption_of(triple) for triple in seen if r < repeats[0]]
-    return captions
+        triples += (data.UNSEEN if r < repeats[1] else []) + (data.SEEN if r < repeats[0] else [])
+    return [data.caption_of(triple) for triple in triples]
 
 
 def caption_accuracy(captions, videos):
@@ -423,7 +418,8 @@ def write_samples(config, step, ema, vae, validation, embeddings):
     h, w = config.size // vae.factor, (config.width or config.size) // vae.factor
     shape = vae.channels, config.frames, h, w
     keys, batch_size = sample.video_keys(config.seed, captions), config.micro_batch or 32
-    options = {"steps": config.sample_steps, "guidance": config.guidance, "sampler": "dpm"}
+    options = {"guidance": config.guidance, "guidance_min_t": config.guidance_min_t}
+    options |= {"steps": config.sample_steps, "sampler": "dpm"}
     videos = sample.generate(ema, vae, y, mask, keys, shape, batch_size, **options)
     shown = videos[: config.num_samples]
     grid = torch.stack([make_grid(frames, nrow=3) for frames in torch.stack(shown, dim=1)])
@@ -447,10 +443,8 @@ def read_metrics(out):
 
 def rewind_metrics(out, start):
     """Delete the lines that a run resumed at `start` writes again."""
-    # of step `start` itself, only the line of the training step is kept
-    lines = [
-        m for m in read_metrics(out) if m["step"] < start or m["step"] == start and "loss" in m
-    ]
+    # of step `start`, the line of the training step is kept; evaluation is repeated
+    lines = [m for m in read_metrics(out) if m["step"] < start + ("loss" in m)]
     text = "".join(json.dumps(m) + "\n" for m in lines)
     data.atomic_write(Path(out) / "metrics.jsonl", lambda tmp: tmp.write_text(text))
 
@@ -509,7 +503,8 @@ def save_checkpoint(config, step, model, ema, optimizer, cache):
     shutil.rmtree(tmp, ignore_errors=True)  # left by an interrupted save
     ema.save_pretrained(tmp)
     size = {"frames": c.frames, "size": c.size, "width": c.width or c.size}
-    settings = size | {"vae": vae, "t5": t5, "output_fps": c.output_fps, "guidance": c.guidance}
+    settings = size | {"vae": vae, "t5": t5, "output_fps": c.output_fps}
+    settings |= {"guidance": c.guidance, "guidance_min_t": c.guidance_min_t}
     data.write_json(tmp / "sample.json", settings)
     training = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(training, tmp / "training.pt")
@@ -584,19 +579,6 @@ def parallelize(model, config, distributed):
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def micro_batches(config, dp_size):
-    """(number n of micro-batches per step, number B of clips in each), for dp_size processes."""
-    B = config.micro_batch or config.batch_size // dp_size
-    return config.batch_size // (B * dp_size), B
-
-
-def positions_of(step, k, config, distributed):
-    """The B positions of micro-batch k of a step on this process."""
-    d, (_, B) = distributed, micro_batches(config, distributed.dp_size)
-    first = step * config.batch_size + (k * d.dp_size + d.dp_rank) * B
-    return range(first, first + B)
-
-
 # ---------------------------------------------------------------------------------------------
 # The loop
 
@@ -605,20 +587,15 @@ def train_step(config, step, model, ddp_model, ema, optimizer, stream, distribut
     """One optimizer step -> (means of loss, MSE and VLB over this process's clips [3], gradient
     norm).
     """
-    c, d, (n, _) = config, distributed, micro_batches(config, distributed.dp_size)
-    null, images = model.y_embedder.y_embedding, step < c.image_fraction * c.steps
-    losses = torch.zeros(3, device=d.device)
-    for k in range(n):
-        positions = positions_of(step, k, c, d)
+    c, d, micro_batches = config, distributed, positions_of_step(config, step, distributed)
+    n, null, losses = len(micro_batches), model.y_embedder.y_embedding, 0
+    for k, positions in enumerate(micro_batches):
         batch = stream.batch(positions, d.device)
         accumulate = ddp_model is not model and k < n - 1  # DDP averages in the last backward pass
         with ddp_model.no_sync() if accumulate else nullcontext():
-            parts = training_loss(c, ddp_model, null, batch, positions, images)
+            parts = training_loss(c, ddp_model, null, batch, positions)
             (parts[0] / n).backward()  # micro-batches are equal, so the mean of means is the mean
         losses += parts.detach() / n
-    if images and c.variant in ("sequential", "parallel"):
-        for block in model.blocks:  # one frame says nothing about time
-            block.attn_temp.zero_grad(set_to_none=True)  # AdamW skips gradients that are None
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
     # DDP has averaged the gradients, so all processes see the same norm and take the same branch.
@@ -692,12 +669,10 @@ def train(config, distributed=data.Distributed("cpu")):
 def main():
     config = parse_command_line()
     distributed = data.init_distributed(config.device, config.sp)
-    unit = distributed.dp_size * max(1, config.micro_batch)
-    wrong = (
-        f"batch_size={config.batch_size} must be a multiple of {unit}: processes/sp x micro_batch"
-    )
-    near = math.ceil(config.batch_size / unit) * unit
-    require(config.batch_size == near, f"{wrong}; try {near}")
+    size, unit = config.batch_size, distributed.dp_size * max(1, config.micro_batch)
+    near = math.ceil(size / unit) * unit
+    wrong = f"batch_size={size} must be a multiple of {unit}, processes / sp x micro_batch"
+    require(size == near, f"{wrong}; try {near}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request_stop)
     train(config, distributed)

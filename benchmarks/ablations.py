@@ -13,8 +13,8 @@ train.py's initialization, temporal projections at zero; one with projections in
 other linear layer. Their validation losses start at step 0.
 
 patches: 900 steps on videos with 1x2x2 patches, and with 2x2x2, half as many; and with the latter
-1,800 steps, about the same compute and twice the clips. No single frames first, for one frame is no
-patch of two; so these start from random weights, the report's from PixArt-alpha.
+1,800 steps, about the same compute and twice the clips. These start from random weights, the
+report's from PixArt-alpha.
 
 progressive: 8x32x32, then 8x64x64, then 16x64x64, with positions rescaled from stage to stage; and
 16x64x64 from the start, for the number of steps at which both cost the same FLOPs. Each run has its
@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import tyro
-from designs import about, collect, run_all, summary, tflop_until  # first: it sets the path
+from designs import about, collect, run_all, summary, tflop_per_step  # first: it sets the path
 
 from data import Distributed
 from sample import load_model
@@ -56,7 +56,7 @@ def arm(name, seed, quick, steps, **options):
 
 def zero(quick, seeds, jobs):
     """A5 -> {arm: [chains of TrainConfigs]}."""
-    options = {"steps": 1500, "image_fraction": 1.0, "num_samples": 0, "eval_every": 500}
+    options = {"steps": 1500, "frames": 1, "num_samples": 0, "eval_every": 500}
     images = [arm("images", s, quick, **options) for s in seeds]
     run_all(images, jobs)
     arms = {"zero": [], "random": []}
@@ -69,7 +69,7 @@ def zero(quick, seeds, jobs):
                 nn.init.xavier_uniform_(block.attn_temp.proj.weight)
             model.save_pretrained(folder)
         for name, init in (("zero", start.out), ("random", str(folder))):
-            videos = arm(name, s, quick, steps=600, image_fraction=0.0, init=init)
+            videos = arm(name, s, quick, steps=600, init=init)
             arms[name].append((start, videos))
     return arms
 
@@ -86,7 +86,7 @@ def patches(quick, seeds, jobs):
     arms, sizes = {}, {"1x2x2": ("toy", 900), "2x2x2": ("toy-2x2x2", 900)}
     sizes["2x2x2, twice the steps"] = ("toy-2x2x2", 1800)
     for name, (model, steps) in sizes.items():
-        options = {"model": model, "steps": steps, "image_fraction": 0.0, "num_samples": 0}
+        options = {"model": model, "steps": steps, "num_samples": 0}
         out = name.replace(", ", "-").replace(" ", "-")
         arms[name] = [(arm(out, s, quick, **options),) for s in seeds]
     return arms
@@ -95,7 +95,7 @@ def patches(quick, seeds, jobs):
 def progressive(quick, seeds, jobs):
     """T1 -> {arm: [chains of TrainConfigs]}."""
     small = {"size": 32, "steps": 800, "num_samples": 0}
-    large = {"size": 64, "num_samples": 0, "lr": 1e-3, "image_fraction": 0.0, "warmup": 20}
+    large = {"size": 64, "num_samples": 0, "lr": 1e-3, "warmup": 20}
     long = large | {"frames": 16, "time_scale": 0.5, "output_fps": 16}
     stages = (small, large | {"steps": 300}, long | {"steps": 150})
     chains = [
@@ -104,9 +104,9 @@ def progressive(quick, seeds, jobs):
     for chain in chains:
         for k in (1, 2):
             chain[k] = replace(chain[k], init=chain[k - 1].out)
-    cost = sum(tflop_until(c, c.steps) for c in chains[0])
-    start = long | {"lr": 2e-3, "image_fraction": 0.1, "warmup": 100}  # as the first stage
-    steps = round(1000 * cost / tflop_until(arm("", 0, False, steps=1000, **start), 1000))
+    cost = sum(c.steps * tflop_per_step(c) for c in chains[0])
+    start = long | {"lr": 2e-3, "warmup": 100}  # as the first stage
+    steps = round(cost / tflop_per_step(arm("", 0, False, steps=1000, **start)))
     at_once = [(arm("at-once", s, quick, steps=steps, **start),) for s in seeds]
     for k in (0, 1):  # the last stage runs with the other arm
         run_all([chain[k] for chain in chains], jobs)
@@ -135,7 +135,7 @@ def main():
     if c.experiment == "zero":
         for name, chains in arms.items():
             for run, (images, videos) in zip(results[name], chains):
-                start = {"step": 0, "tflop": tflop_until(images, images.steps)}
+                start = {"step": 0, "tflop": images.steps * tflop_per_step(images)}
                 run["validation"].insert(0, start | {"loss": at_step_0(videos)})
     print(summary(results, BASE[c.experiment]))
     path = Path(QUICK if c.quick else Path(__file__).parent) / "ablations.json"

@@ -24,7 +24,6 @@ is the cheapest; cost.py measures larger videos.)
 """
 
 import json
-import math
 import os
 import shutil
 import statistics
@@ -102,35 +101,27 @@ def run_all(runs, jobs):
 
 
 @lru_cache
-def tflop_per_step(config, frames):
-    """TFLOP of a training step on clips of this many frames."""
-    shape = latent_shape(replace(config, frames=frames))
+def tflop_per_step(config):
+    """TFLOP of a training step."""
     with torch.device("meta"):
         model = STDiT(model_config(config))
-    return config.batch_size * flops_per_clip(model, shape) / 1e12
-
-
-def tflop_until(config, step):
-    """TFLOP of a run's first steps: those on single frames, then those on videos."""
-    images = min(step, math.ceil(config.image_fraction * config.steps))
-    videos = (step - images) * tflop_per_step(config, config.frames)
-    return videos + images * tflop_per_step(config, 1) if images else videos
+    return config.batch_size * flops_per_clip(model, latent_shape(config)) / 1e12
 
 
 def collect(*chain):
     """The figures of a finished run, the last of a chain of runs each of which started from the one
     before; TFLOP are of the whole chain.
     """
-    config, before = chain[-1], sum(tflop_until(c, c.steps) for c in chain[:-1])
+    config, before = chain[-1], sum(c.steps * tflop_per_step(c) for c in chain[:-1])
     lines, model = read_metrics(config.out), STDiT(model_config(config))
 
     def at(m):
-        return {"step": m["step"], "tflop": before + tflop_until(config, m["step"])}
+        return {"step": m["step"], "tflop": before + m["step"] * tflop_per_step(config)}
 
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "self_attentions": sum("qkv.weight" in name for name, _ in model.named_parameters()),
-        "tflop_per_step": tflop_per_step(config, config.frames),
+        "tflop_per_step": tflop_per_step(config),
         "validation": [at(m) | {"loss": m["validation"]} for m in lines if "validation" in m],
         "accuracy": [at(m) | m["accuracy"] for m in lines if "accuracy" in m],
     }

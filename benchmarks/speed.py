@@ -39,8 +39,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from sample import autocast, sample
-from stdit import MODELS, STDiT, STDiTBlock
+from sample import sample
+from stdit import MODELS, STDiT, STDiTBlock, autocast
 from train import PRESETS
 
 # TFLOP/s of dense bf16 matrix products from the data sheets, of SXM modules; PCIe cards have less
@@ -82,7 +82,8 @@ class Latte(nn.Module):
             self.model.enable_gradient_checkpointing()
 
     def forward(self, x, t, y):
-        return self.model(x, t, y).sample
+        with autocast(x.device):
+            return self.model(x, t, y).sample
 
 
 def latent_shape(config):
@@ -171,8 +172,7 @@ def training_step(model, batch, device):
     model.zero_grad()
     wait(device)
     start = time.perf_counter()
-    with autocast(device):
-        out = model(*batch)
+    out = model(*batch)
     (out - 1).square().mean().backward()
     wait(device)
     return time.perf_counter() - start
@@ -193,8 +193,7 @@ def compare(makers, config, shape, clips, device, repeats):
         training_step(models[name], batch, device)  # compiles, selects kernels
         if device == "cuda":
             figures[name]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        with autocast(device):
-            kept = kept_bytes(lambda: models[name](*batch), device)
+        kept = kept_bytes(lambda: models[name](*batch), device)
         figures[name]["activation_gb"] = kept / 1e9
     times = {name: [] for name in makers}
     for _ in range(repeats):

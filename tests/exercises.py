@@ -68,7 +68,7 @@ def test_flow():
     keys = [(0, i) for i in range(2)]
     for sampler in sample.SAMPLERS:
         for steps in (2, 7):
-            args = (model, y, mask, x0[0].shape, keys, steps, 1.0, sampler)
+            args = (model, y, mask, x0[0].shape, keys, steps, 1.0, 0, sampler)
             assert_close(sample.sample(*args), x0[:1].expand(2, -1, -1, -1, -1), 1e-4, FP32)
 
 

@@ -13,8 +13,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from speed import flops_per_clip, inputs, kept_bytes, latent_shape, make, predicted_memory
 
+from data import Distributed
 from stdit import MODELS, STDiT
-from train import PRESETS, micro_batches, model_config
+from train import PRESETS, model_config, positions_of_step
 
 
 def test_flops_are_those_of_the_matrix_products_that_training_needs():
@@ -56,7 +57,7 @@ def test_presets_fit_their_gpu_by_prediction(name):
         model = make(model_config(run), run.activation_checkpointing)
     for weight, p in model.named_parameters():
         p.requires_grad_(run.trainable == "all" or "attn_temp" in weight)
-    clips = micro_batches(run, 8)[1]
+    clips = len(positions_of_step(run, 0, Distributed("cpu", dp_size=8))[0])
     predicted = predicted_memory(model, latent_shape(run), clips, bf16=True)
     assert 0.2 * limit < predicted < 0.9 * limit
 

@@ -142,7 +142,7 @@ def solve(step, schedule, x, indices):
         noise = torch.randn(x.shape, dtype=F64, generator=generator)
         eps = exact_eps(schedule, x, i)
         x0_last, x0 = x0, S.predict_x0(schedule, x, i, eps)
-        x = step(schedule, x, i, eps, torch.ones_like(x), noise, x0_last)
+        x = step(schedule, x, i, x0, eps, torch.ones_like(x), noise, x0_last)
     return x
 
 
@@ -191,16 +191,23 @@ Y, MASK = randn(3, 6, 24).float(), torch.arange(6)[None] < torch.tensor([[6], [2
 KEYS, SHAPE = [("a", 1), ("b", 2), ("c", 3)], (4, 2, 4, 4)
 
 
-@pytest.mark.parametrize("guidance, v1", [(4.0, False), (4.0, True), (1.0, False), (1.0, True)])
+CASES = [(4.0, False, 0), (4.0, True, 0), (1.0, False, 0), (1.0, True, 0), (4.0, False, 400)]
+
+
+@pytest.mark.parametrize("guidance, v1, min_t", CASES)
 @torch.no_grad()
-def test_sampling_equals_two_separate_calls_per_step(model, guidance, v1):
-    """Also with guidance 1, where sample() makes one call of batch size B."""
+def test_sampling_equals_two_separate_calls_per_step(model, guidance, v1, min_t):
+    """Without guidance, sample() makes one call of batch size B: with guidance 1, and at timesteps
+    below guidance_min_t (here 333 and 0 of 999, 666, 333, 0).
+    """
     batch_sizes, steps, schedule = [], 4, S.make_schedule(4).to("cpu")
     options = dict(shape=SHAPE, keys=KEYS, steps=steps, guidance=guidance, v1_guidance=v1)
+    options |= dict(guidance_min_t=min_t)
     hook = model.register_forward_pre_hook(lambda _, args: batch_sizes.append(len(args[0])))
     found = S.sample(model, Y, MASK, **options)
     hook.remove()
-    assert batch_sizes == [3 if guidance == 1 else 6] * steps
+    scales = [guidance, guidance, *2 * [1.0 if min_t else guidance]]  # of the steps in order
+    assert batch_sizes == [3 if scale == 1 else 6 for scale in scales]
     generators = [keyed_generator(*key) for key in KEYS]
     draws = [torch.stack([torch.randn(SHAPE, generator=g) for g in generators]) for _ in range(5)]
     x, null = draws.pop(0), model.y_embedder.y_embedding.expand(3, -1, -1)
@@ -208,10 +215,11 @@ def test_sampling_equals_two_separate_calls_per_step(model, guidance, v1):
         t = schedule.timesteps[i].repeat(3)
         eps_cond, v = model(x, t, Y, MASK).chunk(2, dim=1)
         eps_uncond, _ = model(x, t, null, MASK if v1 else None).chunk(2, dim=1)
-        eps = eps_uncond + guidance * (eps_cond - eps_uncond)
+        eps = eps_uncond + scales.pop(0) * (eps_cond - eps_uncond)
         if v1:  # three guided channels, the fourth conditional
             eps[:, 3] = eps_cond[:, 3]
-        x = S.ddpm_step(schedule, x, i, eps, v, draws.pop(0))
+        x0 = S.predict_x0(schedule, x, i, eps)
+        x = S.ddpm_step(schedule, x, i, x0, eps, v, draws.pop(0))
     scale = x.abs().max()
     assert_close(found / scale, x / scale, 1e-5, "fp32 rounding over 4 steps, relative")
 

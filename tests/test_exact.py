@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import data
 import sample as S
+import stdit
 from stdit import VARIANTS, CrossAttention, SelfAttention, STDiT, STDiTConfig
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -241,12 +242,16 @@ def test_autocast_stays_within_bf16s_rounding_of_eager_fp32(variant):
     assert_close(found / expected, torch.ones_like(found), 0.03, "bf16")
 
 
-def test_patch_embedder_and_final_layer_compute_in_fp32_under_autocast():
-    model, x, t = randomize(STDiT(STDiTConfig(**TINY))), torch.randn(2, 3, 6, 32), torch.ones(2, 32)
-    expected = model.x_embedder(x[..., :16]), model.final_layer(x, t)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model.x_embedder(x[..., :16]), model.final_layer(x, t)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+def test_only_the_blocks_compute_in_bf16(monkeypatch):
+    """The context that CUDA gets, on a CPU."""
+    model, dtypes = randomize(STDiT(STDiTConfig(**TINY))), {}
+    for name, module in model.named_modules():
+        record = lambda m, x, out, name=name: dtypes.update({name: out.dtype})  # noqa: E731
+        module.register_forward_hook(record)
+    monkeypatch.setattr(stdit, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    assert model(*inputs(3, 4, 6)).dtype == torch.float32
+    half = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert len(half) > 20 and all(name.startswith("blocks.") for name in half)
 
 
 # ---------------------------------------------------------------------------- the diffusion process
@@ -286,9 +291,9 @@ def test_ddpm_steps_and_learned_variance_are_diffusers(steps):
             assert_close(found, expected, 1e-9, "float64")
         noise = torch.randn(eps.shape, dtype=F64, generator=torch.Generator().manual_seed(i))
         expected = scheduler.step(out, t, x, generator=torch.Generator().manual_seed(i))
-        found = S.ddpm_step(schedule, x, i, eps, v, noise)
-        assert_close(found, expected.prev_sample, 1e-9, "float64")
         x0 = S.predict_x0(schedule, x, torch.tensor([i, i]), eps)
+        found = S.ddpm_step(schedule, x, i, x0, eps, v, noise)
+        assert_close(found, expected.prev_sample, 1e-9, "float64")
         assert_close(x0, expected.pred_original_sample, 1e-9, "float64")
 
 
@@ -300,7 +305,8 @@ def test_ddim_steps_are_diffusers(steps):
     for i in (0, 1, steps // 2, steps - 1):
         x, eps = randn(seed=1), randn(seed=2)
         expected = scheduler.step(eps, schedule.timesteps[i], x).prev_sample
-        assert_close(S.ddim_step(schedule, x, i, eps, None, None), expected, 1e-9, "float64")
+        found = S.ddim_step(schedule, x, i, S.predict_x0(schedule, x, i, eps), eps, None, None)
+        assert_close(found, expected, 1e-9, "float64")
 
 
 @pytest.mark.parametrize("steps", [5, 20, 50])
@@ -316,7 +322,8 @@ def test_dpm_solver_steps_are_diffusers(steps):
         eps = torch.tanh(x * (1 + i / steps))  # some function of x and t
         scheduler._step_index = steps - 1 - i
         x0 = scheduler.convert_model_output(eps, sample=x)
-        found = S.dpm_step(schedule, x, i, eps, None, None, x0_last)
+        ours = S.predict_x0(schedule, x, i, eps)
+        found = S.dpm_step(schedule, x, i, ours, eps, None, None, x0_last)
         # its parts in float64, since its step() goes through fp32 ...
         if i in (0, steps - 1):
             expected = scheduler.dpm_solver_first_order_update(x0, sample=x)
@@ -374,26 +381,25 @@ def test_vlb_at_t_0_is_the_numerical_integral_over_a_bin():
 
 
 # ------------------------------------------------------------------------------ the frozen encoders
-def random_video(B, T, H, W):
-    return torch.rand(B, 3, T, H, W, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def random_video(T, H, W):
+    return torch.randint(256, (T, 3, H, W), generator=torch.Generator().manual_seed(0)).byte()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 16])
+@torch.no_grad()
 def test_vae_is_diffusers_vae_frame_by_frame(micro_batch, tmp_path):
     theirs = AutoencoderKL.from_pretrained(ROOT / "assets/vae", low_cpu_mem_usage=False)
     theirs.register_to_config(scaling_factor=0.7)  # the toy's is 1
     theirs.save_pretrained(tmp_path)
-    vae, video = data.VAE(tmp_path, micro_batch=micro_batch), random_video(2, 5, 64, 48)
-    frames = [theirs.encode(frame).latent_dist for frame in video.unbind(2)]
-    mean = torch.stack([f.mode() for f in frames], dim=2) * 0.7
+    vae, video = data.VAE(tmp_path, micro_batch=micro_batch), random_video(5, 64, 48)
+    frames = [theirs.encode(frame[None] / 127.5 - 1).latent_dist for frame in video]
+    mean, std = (torch.cat([getattr(f, name) for f in frames], 0) for name in ("mean", "std"))
+    mean, std = 0.7 * mean.transpose(0, 1), 0.7 * std.transpose(0, 1)  # [C, T, h, w]
     assert_close(vae.encode(video), mean, 1e-5, "fp32, convolutions of another batch size")
-    pixels = data.to_uint8(video)
-    assert_close(vae.encode(pixels), vae.encode(pixels.float() / 127.5 - 1), 0, "the same numbers")
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    noise = torch.stack([torch.randn(4, 5, 8, 6, generator=g) for g in copy.deepcopy(generators)])
-    std = torch.stack([f.std for f in frames], dim=2) * 0.7
-    assert_close(vae.encode(video, generators), mean + std * noise, 1e-5, "fp32")
-    decoded = torch.stack([theirs.decode(z / 0.7).sample for z in mean.unbind(2)], dim=2)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(4, 5, 8, 6, generator=copy.deepcopy(generator))
+    assert_close(vae.encode(video, generator), mean + std * noise, 1e-5, "fp32")
+    decoded = torch.cat([theirs.decode(z[None] / 0.7).sample for z in mean.unbind(1)])
     assert_close(vae.decode(mean), decoded.clamp(-1, 1), 1e-5, "fp32")
 
 
@@ -413,12 +419,10 @@ def test_t5_is_transformers_t5(encoders):
         e = expected(captions[row])
         assert mask[row].sum() == len(e) and y[row, len(e) :].abs().sum() == 0
         assert_close(y[row, : len(e)], e, 1e-4, "fp32; the padding's scores are -3e38")
-    null = expected("").expand(16, -1)  # one token
-    assert_close(encoders[1].null_caption(), null, 1e-4, "fp32; the padding's scores are -3e38")
 
 
 def test_bf16_encoders_stay_within_bf16s_rounding_and_have_the_same_fingerprint(encoders):
-    video, captions = random_video(1, 2, 64, 64), ["a yellow triangle moving down"]
+    video, captions = random_video(2, 64, 64), ["a yellow triangle moving down"]
     vae = data.VAE("assets/vae", dtype=torch.bfloat16)
     t5 = data.T5("assets/t5", 16, dtype=torch.bfloat16)
     pairs = [(vae.encode(video), encoders[0].encode(video))]

@@ -42,8 +42,7 @@ def test_the_training_loss_never_waits_for_the_gpu(monkeypatch):
     """Fake tensors on cuda:0 run without a GPU. The first call fills the caches of tables."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(train, "draw_timesteps", lambda c, p: torch.zeros(2, dtype=torch.long))
-    monkeypatch.setattr(train, "draw_noise", lambda c, p, shape: torch.zeros(2, *shape))
-    monkeypatch.setattr(train, "draw_uniform", lambda c, name, p: torch.zeros(2))
+    monkeypatch.setattr(train, "draw", lambda random, c, name, p, *shape: torch.zeros(2, *shape))
     caches = train.schedule_on, stdit.spatial_pos_embed, stdit.temporal_pos_embed
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda:0"):
         model = STDiT(MODELS["toy"])
@@ -53,7 +52,7 @@ def test_the_training_loss_never_waits_for_the_gpu(monkeypatch):
         for _ in range(2):
             with Copies() as copies:
                 null, config = model.y_embedder.y_embedding, train.TrainConfig()
-                loss = train.training_loss(config, model, null, batch, range(2), images=False)
+                loss = train.training_loss(config, model, null, batch, range(2))
             counts.append(copies.blocking)
     for cache in caches:  # they hold fake tensors now
         cache.cache_clear()

@@ -34,7 +34,7 @@ def counted(x, *options):  # numbers that leave this process, forward; backward,
 
 stdit.all_to_all_single_autograd = counted
 for variant in ("sequential", "parallel", "latte"):
-    for T, H, W in ((4, 8, 8), (5, 6, 10), (1, 4, 4), (3, 2, 2)):  # 5 and 15: 2, 4 do not divide
+    for T, H, W in ((4, 8, 8), (12, 6, 8)):
         for mode in ("none", "full", "selective"):
             model = randomize(STDiT(replace(MODELS["toy"], variant=variant, depth=2)))
             torch.manual_seed(1)
@@ -55,7 +55,7 @@ for variant in ("sequential", "parallel", "latte"):
                 block.activation_checkpointing = mode
             sent.clear()
             found, of_many = gradients()
-            if (variant, T, mode) == ("sequential", 4, "none") and n != 3:
+            if (variant, T, mode) == ("sequential", 4, "none"):
                 # per block two all-to-alls of the T S D / n numbers that each process holds, of
                 # which (n - 1) / n leave it (Ulysses has four: q, k, v, output); after the final
                 # layer T S patches of 4 x 2 C = 32 numbers
@@ -70,13 +70,14 @@ for variant in ("sequential", "parallel", "latte"):
                 dist.all_reduce(gradient)
                 off = (gradient / n - of_one[name]).norm() / of_one[name].norm().clamp(min=1e-6)
                 assert off < 1e-5, (variant, T, H, W, name, off)
-model = STDiT(replace(MODELS["toy"], variant="full"))
-model.sp_group = dist.group.WORLD
-try:
-    model(x, t, y, mask)
-    raise SystemExit("full did not raise")
-except ValueError as error:
-    assert "sp=1" in str(error)
+for variant, T in (("full", 12), ("sequential", 13)):
+    model = STDiT(replace(MODELS["toy"], variant=variant))
+    model.sp_group = dist.group.WORLD
+    try:
+        model(torch.zeros(2, 4, T, 6, 8), t, y, mask)
+        raise SystemExit(variant + " did not raise")
+    except ValueError as error:
+        assert "sp must divide both, and be 1 for full" in str(error)
 print("equal")
 dist.destroy_process_group()
 """
@@ -90,11 +91,9 @@ def torchrun(n, *arguments):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(4, marks=SLOW), pytest.param(3, marks=SLOW)])
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=SLOW)])
 def test_outputs_and_gradients_of_several_processes_are_those_of_one(n, tmp_path):
-    """fp32; the mean over processes of each weight's gradient, with frames and patches that n
-    divides and that it does not.
-    """
+    """fp32; the mean over processes of each weight's gradient."""
     script = tmp_path / "parallel.py"
     script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
     done = torchrun(n, script)

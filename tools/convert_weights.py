@@ -191,12 +191,14 @@ def main():
     has_encoders = all((path / file).is_file() for file in ENCODERS)
     encoders = c.source if has_encoders else "PixArt-alpha/PixArt-XL-2-512x512"
     sample = {"vae": c.vae or encoders, "t5": c.t5 or encoders, "frames": c.frames}
-    sample |= {"size": c.size, "width": c.size, "output_fps": 8, "guidance": 7.0}
+    sample |= {"size": c.size, "width": c.size, "output_fps": 8}
+    sample |= {"guidance": 7.0, "guidance_min_t": 0}
 
     theirs, null_caption = read_source(path), None
     if not any(name.endswith(".y_embedding") for name in theirs):
         t5 = data.T5(sample["t5"], config.caption_length, data.init_distributed().device)
-        null_caption = t5.null_caption().cpu()
+        y, mask = t5.encode([""])  # T5 of the empty string, one token, is repeated: attention to
+        null_caption = y[0, mask[0]].expand(t5.length, -1).cpu()  # equal keys is attention to one
         print(f"null caption: {sample['t5']} of the empty string")
     with torch.device("meta"):
         model = STDiT(config)

@@ -60,7 +60,7 @@ def write_rows(name, videos, labels, titles=(), size=88):
 
 def decode(vae, latents):
     """Latents [B, C, T, H, W] -> uint8 [B, T, 3, H, W] in pixels."""
-    return data.to_uint8(vae.decode(latents).transpose(1, 2))
+    return torch.stack([data.to_uint8(vae.decode(z)) for z in latents])
 
 
 def noise_figure(vae, x0):
@@ -144,7 +144,7 @@ def sampling_figure(model, vae, y, mask):
     for i in reversed(range(20)):
         eps, v = sample.predict_noise(model, x, schedule.timesteps[i], y, mask, guidance=2.0)
         x0_last, x0 = x0, sample.predict_x0(schedule, x, i, eps)
-        x = step(schedule, x, i, eps, v, None, x0_last)
+        x = step(schedule, x, i, x0, eps, v, None, x0_last)
         rows[20 - i] = decode(vae, x0)[0]
     shown = (1, 4, 8, 12, 16, 20)
     labels = [f"step {k}\nt = {schedule.timesteps[20 - k]}" for k in shown]
@@ -219,7 +219,7 @@ def main(weights: str = "out/toy"):
     settings = json.loads((sample.find_weights(weights) / "sample.json").read_text())
     vae, t5 = data.VAE(settings["vae"]), data.T5(settings["t5"], model.config.caption_length)
     clip = data.draw_clip(TRIPLE, keyed_generator("figures", "clip"))  # [T, 3, H, W]
-    x0 = vae.encode(clip.transpose(0, 1)[None])  # [1, 4, 8, 8, 8]
+    x0 = vae.encode(clip)[None]  # [1, 4, 8, 8, 8]
     y, mask = t5.encode([data.caption_of(TRIPLE)])
     with torch.no_grad():
         noise_figure(vae, x0)

@@ -36,20 +36,17 @@ class ShowConfig:
 def videos_of_cache(cache, vae):
     """Pairs of a decoded video, uint8 [T, 3, H, W], and its caption."""
     for (latents, _, _), caption in zip(cache, cache.captions):
-        yield data.to_uint8(vae.decode(latents[None])[0].transpose(0, 1)), caption
+        yield data.to_uint8(vae.decode(latents)), caption
 
 
 def videos_of_clips(clips, vae):
     """Pairs of a video, uint8 [T, 3, 2H, W], read above decoded, and its caption."""
     for row, caption in enumerate(clips.captions):
-        try:
-            frames = clips[row]  # [T, 3, H, W]
-        except data.UnreadableClip as error:
-            print(f"warning: skipped {error}", file=sys.stderr)
+        frames = clips[row]  # [T, 3, H, W], or None
+        if frames is None:
             continue
         generator = data.keyed_generator(clips.settings["seed"], "posterior", row)
-        latents = vae.encode(frames.transpose(0, 1)[None], [generator])  # as in a cache
-        decoded = data.to_uint8(vae.decode(latents)[0].transpose(0, 1))  # [T, 3, H, W]
+        decoded = data.to_uint8(vae.decode(vae.encode(frames, generator)))  # as in a cache
         yield torch.cat([frames, decoded], dim=-2), caption
 
 
