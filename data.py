@@ -127,6 +127,8 @@ def init_distributed(device="auto", sp=1):
         mps = torch.backends.mps.is_available() and world_size == 1  # MPS is a single device
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     require(sp >= 1 and world_size % sp == 0, f"sp={sp} must divide the {world_size} process(es)")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) % sp:
+        print0(f"warning: groups of sp={sp} processes span machines, whose links are slow")
     if world_size == 1:
         return Distributed(device)
     kind, backend = device, "gloo"

@@ -388,15 +388,21 @@ def sample_captions(config, validation, repeats=(2, 8)):
     return [data.caption_of(triple) for triple in triples]
 
 
-def caption_accuracy(captions, videos):
-    """How many toy videos match their captions: {"seen": [matches, videos], "unseen": ...}."""
-    counts, unseen = {"seen": [0, 0], "unseen": [0, 0]}, [data.caption_of(t) for t in data.UNSEEN]
+def evaluate_toy(captions, videos):
+    """{"accuracy": {"seen": [matches, videos], "unseen": the same}, "crispness": the means of
+    data.crispness over the videos that match their captions, or None if none does}.
+    """
+    triples = {data.caption_of(triple): triple for triple in data.TRIPLES}
+    accuracy, crispness = {"seen": [0, 0], "unseen": [0, 0]}, []
     for caption, video in zip(captions, videos):
-        found = data.detect(video)
-        count = counts["unseen" if caption in unseen else "seen"]
-        count[0] += found is not None and data.caption_of(found) == caption
+        triple = triples[caption]
+        count = accuracy["unseen" if triple in data.UNSEEN else "seen"]
         count[1] += 1
-    return counts
+        if data.detect(video) == triple:
+            count[0] += 1
+            crispness.append(data.crispness(video, triple))
+    means = torch.tensor(crispness).nanmean(0).tolist() if crispness else None
+    return {"accuracy": accuracy, "crispness": means}
 
 
 def embed_captions(config, validation, device):
@@ -428,7 +434,7 @@ def write_samples(config, step, ema, vae, validation, embeddings):
     data.write_sheet(path.with_suffix(".png"), shown, captions)
     line = {"step": step, "samples": f"{path}.gif"}
     if config.data == "toy":
-        line["accuracy"] = caption_accuracy(captions, videos)
+        line |= evaluate_toy(captions, videos)
         for name, (matches, count) in line["accuracy"].items():
             print0(f"step {step}  {matches} of {count} videos match {name} captions")
     return line

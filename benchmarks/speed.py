@@ -1,10 +1,14 @@
 """Speed and memory of training and sampling on this machine, with random weights and latents.
 
-    python benchmarks/speed.py                  # CPU: small sizes, 5 minutes; CUDA: v1's stages
+    python benchmarks/speed.py                  # CPU: small sizes, 6 minutes; CUDA: v1's stages
     python benchmarks/speed.py --quick          # tiny sizes, seconds; writes nothing
-    python benchmarks/speed.py --project 0.4    # calculate v1's stages on many GPUs
+    python benchmarks/speed.py --project        # calculate v1's stages on many GPUs
     MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/speed.py --step
                                                 # one step of XL/2 at 16x512x512; Linux, 24 GB
+
+A step is a whole training step: forward pass with a caption mask, backward pass, clipping, AdamW,
+moving average; without data and all-reduce. On CUDA the three attentions are first checked against
+fp32, because fused kernels for some lengths and masks have had errors.
 
 Models of a table are measured in turns, so ratios hold on a noisy machine; times are medians. The
 reference is diffusers' Latte of the same width, depth and shape. Its depth counts pairs of blocks,
@@ -24,19 +28,24 @@ import platform
 import statistics
 import sys
 import time
-from copy import deepcopy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler is silent
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cost_model
 
 import train
 from sample import sample
@@ -65,7 +74,7 @@ def make(config, activation_checkpointing="none", compile=False):
 class Latte(nn.Module):
     """diffusers' Latte with the width, depth and heads of an STDiTConfig, called like STDiT."""
 
-    def __init__(self, config, shape, gradient_checkpointing=False):
+    def __init__(self, config, shape, gradient_checkpointing=False, compile=False):
         from diffusers import LatteTransformer3DModel
 
         super().__init__()
@@ -80,10 +89,15 @@ class Latte(nn.Module):
         self.model = LatteTransformer3DModel(**sizes, **options)
         if gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        if compile:
+            blocks = *self.model.transformer_blocks, *self.model.temporal_transformer_blocks
+            for block in blocks:
+                block.compile(dynamic=False)
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, mask):
+        bias = (~mask * -10000.0)[:, None].repeat_interleave(x.shape[2], 0)  # [B*T, 1, L]
         with autocast(x.device):
-            return self.model(x, t, y).sample
+            return self.model(x, t, y, encoder_attention_mask=bias).sample
 
 
 def latent_shape(config):
@@ -92,10 +106,11 @@ def latent_shape(config):
 
 
 def inputs(config, shape, clips, device):
-    """Random x [B, C, T, H, W], t [B], y [B, L, E] without padding."""
-    x = torch.randn(clips, *shape, device=device)
-    t = torch.randint(1000, (clips,), device=device)
-    return x, t, torch.randn(clips, config.caption_length, config.caption_channels, device=device)
+    """Random x [B, C, T, H, W], t [B], y [B, L, E], mask [B, L] with a third of padding."""
+    x, L = torch.randn(clips, *shape, device=device), config.caption_length
+    y = torch.randn(clips, L, config.caption_channels, device=device)
+    mask = (torch.arange(L, device=device) < 2 * L // 3).expand(clips, -1)
+    return x, torch.randint(1000, (clips,), device=device), y, mask
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,15 +182,59 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def training_step(model, batch, device):
-    """Forward and backward -> seconds."""
-    model.zero_grad()
+def with_optimizer(model):
+    """(model, its optimizer, moving average of its weights)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
+    return model, optimizer, [p.detach().clone() for p in model.parameters()]
+
+
+def training_step(model, optimizer, ema, batch, device):
+    """A whole step -> (seconds, gradient norm)."""
     wait(device)
     start = time.perf_counter()
-    out = model(*batch)
-    (out - 1).square().mean().backward()
+    (model(*batch) - 1).square().mean().backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    with torch.no_grad():
+        torch._foreach_lerp_(ema, list(model.parameters()), 1e-4)
     wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, norm
+
+
+def attention_errors(config, shape, device):
+    """Largest relative errors, forward and in gradients, of the three attentions in bf16 at these
+    sizes against the plain computation in fp32 -> {name: figures}, with the kernel's name.
+    """
+    (pt, ph, pw), (_, T, H, W), heads = config.patch_size, shape, config.num_heads
+    T, S, L, d = T // pt, H // ph * (W // pw), config.caption_length, config.hidden_size // heads
+    mask, errors = torch.arange(L, device=device) < 2 * L // 3, {}
+    sizes = {"spatial": (T, S, S), "temporal": (S, T, T), "cross": (T, S, L)}
+    for name, (batch, queries, keys) in sizes.items():
+        batch, lengths = min(batch, 64), (queries, keys, keys)
+        qkv = [torch.randn(batch, heads, n, d, device=device).bfloat16() for n in lengths]
+        bias, results = mask.expand(batch, 1, 1, L) if name == "cross" else None, []
+        kernel = SDPBackend(torch._fused_sdp_choice(*qkv, bias)).name
+        exact = sdpa_kernel(SDPBackend.MATH)
+        for dtype, context in ((torch.bfloat16, nullcontext()), (torch.float32, exact)):
+            leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
+            with context:
+                out = F.scaled_dot_product_attention(*leaves, attn_mask=bias)
+                out.float().square().mean().backward()
+            results.append([out, *(x.grad for x in leaves)])
+        pairs = [(a.float() - b).norm() / b.norm() for a, b in zip(*results)]
+        errors[name] = {"kernel": kernel} | dict(zip(("out", "dq", "dk", "dv"), map(float, pairs)))
+    return errors
+
+
+def check_attention(config, shape, device):
+    """Print attention_errors; SystemExit if one is larger than bf16 explains."""
+    errors = attention_errors(config, shape, device)
+    for name, row in errors.items():
+        print(f"{name} attention: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    worst = max(value for row in errors.values() for key, value in row.items() if key != "kernel")
+    if not worst < 0.03:  # bf16 keeps 8 bits, 0.4% per number
+        raise SystemExit(f"attention is off by {worst:.2g}: speeds would be of wrong numbers")
 
 
 def compare(makers, config, shape, clips, device, repeats):
@@ -189,16 +248,16 @@ def compare(makers, config, shape, clips, device, repeats):
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        models[name], figures[name] = maker().to(device), {}
-        training_step(models[name], batch, device)  # compiles, selects kernels
+        models[name], figures[name] = with_optimizer(maker().to(device)), {}
+        training_step(*models[name], batch, device)  # compiles, selects kernels
         if device == "cuda":
             figures[name]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        kept = kept_bytes(lambda: models[name](*batch), device)
+        kept = kept_bytes(lambda: models[name][0](*batch), device)
         figures[name]["activation_gb"] = kept / 1e9
     times = {name: [] for name in makers}
     for _ in range(repeats):
         for name in makers:
-            times[name].append(training_step(models[name], batch, device))
+            times[name].append(training_step(*models[name], batch, device)[0])
     tokens = clips * math.prod(shape[1:]) / math.prod(config.patch_size)
     for name, seconds in times.items():
         median = statistics.median(seconds)
@@ -219,13 +278,12 @@ def add_flops(row, maker, shape, clips, device):
 
 def sampling_seconds(model, shape, videos, steps, sampler, guidance, device):
     """Seconds that sampling takes per video, all of them in one batch."""
-    _, _, y = inputs(model.config, shape, videos, device)
-    mask = torch.ones(y.shape[:2], dtype=torch.bool, device=device)
+    _, _, y, mask = inputs(model.config, shape, videos, device)
     keys, seconds = [("speed", i) for i in range(videos)], 0.0
     for n in (2, steps):  # first a warm-up
         wait(device)
         start = time.perf_counter()
-        sample(model, y, mask, shape, keys, n, guidance, sampler)
+        sample(model, y, mask, shape, keys, n, guidance, sampler=sampler)
         wait(device)
         seconds = time.perf_counter() - start
     return seconds / videos
@@ -254,12 +312,17 @@ def on_cpu(config, shape):
     """Two layers of XL/2's width at 16x256x256; the toy; sampling of the toy."""
     ours, latte, device = partial(make, config), partial(Latte, config, shape), "cpu"
     size = f"width {config.hidden_size}, depth {config.depth}, {shape[1]} frames of {shape[2]}x"
-    size += f"{shape[3]} latents, fp32: forward and backward"
-    figures = compare({"STDiT": ours, "diffusers' Latte": latte}, config, shape, 1, device, 5)
-    for row, maker in zip(figures.values(), (ours, latte)):
-        add_flops(row, maker, shape, 1, device)
-    a, b = figures["STDiT"], figures["diffusers' Latte"]
-    figures["ratio"] = {k: a[k] / b[k] for k in ("seconds", "activation_gb", "tflop")}
+    size += f"{shape[3]} latents, fp32: a step"
+    makers = {"STDiT": ours, "diffusers' Latte": latte}
+    if train.HAS_COMPILER:
+        makers["STDiT, compiled"] = partial(ours, "none", True)
+        makers["diffusers' Latte, compiled"] = partial(latte, False, True)
+    figures = compare(makers, config, shape, 1, device, 5)
+    for name, row in figures.items():
+        add_flops(row, latte if "Latte" in name else ours, shape, 1, device)
+    for a, b in product(*[[name for name in makers if name.startswith(k)] for k in ("STD", "dif")]):
+        keys = ("seconds", "activation_gb", "tflop")
+        figures[f"{a} / {b}"] = {k: figures[a][k] / figures[b][k] for k in keys}
     columns = ["seconds", "tokens_per_second", "activation_gb", "tflop", "tflop_per_second"]
     table(size, figures, columns)
     results = {"latte": figures}
@@ -285,6 +348,8 @@ def on_cpu(config, shape):
 def on_cuda(stages, device="cuda", repeats=5, steps=(20, 100)):
     """Training steps and sampling of each stage {name: (STDiTConfig, shape, clips)} in bf16."""
     results = {}
+    for config, shape, _ in stages.values():
+        check_attention(config, shape, device)
     for stage, (config, shape, clips) in stages.items():
         ours, latte = partial(make, config), partial(Latte, config, shape)
         makers = {mode: partial(ours, mode) for mode in ("none", "full", "selective")}
@@ -316,17 +381,11 @@ def one_step(config, shape):
     memory, and the predicted one.
     """
     model = make(config, "full")
-    predicted, ema = predicted_memory(model, shape), deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
+    predicted, trained = predicted_memory(model, shape), with_optimizer(model)
     for p in model.parameters():  # as in any step but the first; filled, since zeros take no memory
         moments = {name: torch.empty_like(p).fill_(0) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] |= {"step": torch.zeros(()), **moments}
-    start = time.perf_counter()
-    training_step(model, inputs(config, shape, 1, "cpu"), "cpu")
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-    optimizer.step()
-    train.update_ema(PRESETS["16x512x512"], 0, ema, model)
-    seconds = time.perf_counter() - start
+        trained[1].state[p] |= {"step": torch.zeros(()), **moments}
+    seconds, norm = training_step(*trained, inputs(config, shape, 1, "cpu"), "cpu")
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
     row = {"tokens": math.prod(shape[1:]) / math.prod(config.patch_size), "seconds": seconds}
@@ -335,30 +394,31 @@ def one_step(config, shape):
     return {f"depth {config.depth}, {T}x{8 * H}x{8 * W}": row | {"ratio": predicted / peak}}
 
 
-def project(fraction, link=50e9, gpus=(8, 64, 512)):
-    """v1's stages on many GPUs, calculated, not measured: compute at a fraction of an H100's peak;
-    the all-reduce of gradients, 4 bytes per weight, in a ring over links of 400 Gb/s = 50 GB/s per
-    GPU, hidden behind the backward pass or after it; a cache of 2 bytes per number with captions of
-    full length. With fewer clips than GPUs, the exchanges of --sp come on top, and each process
-    that shares a clip reads it.
+def project(gpus=(8, 64, 512)):
+    """v1's stages on nodes of 8 H100, calculated, not measured. Compute: cost_model.py, compiled,
+    with the preset's checkpointing and micro-batch. Gradients, 4 bytes per weight, are summed over
+    NVLink (350 GB/s) within a node; then each GPU sums an eighth of them over its own link of 400
+    Gb/s = 50 GB/s. With fewer clips than GPUs --sp shares a clip; its exchanges are not counted.
     """
     figures = {}
     for stage in ("16x256x256", "16x256x256-hq", "16x512x512", "64x512x512"):
-        c, shape = PRESETS[stage], latent_shape(PRESETS[stage])
-        with torch.device("meta"):
-            model = STDiT(train.model_config(c))
-        flops, weights = flops_per_clip(model, shape), sum(p.numel() for p in model.parameters())
-        numbers = math.prod(shape) + XL.caption_length * XL.caption_channels
+        c, (_, T, H, W) = PRESETS[stage], latent_shape(PRESETS[stage])
+        micro_batch, mode = c.micro_batch, c.activation_checkpointing
+        parts = cost_model.step(stage, "H100", True, mode, micro_batch)
+        optimizer = parts.pop("optimizer, EMA")
+        numbers = 4 * T * H * W + XL.caption_length * XL.caption_channels
         for n in gpus:
-            clips = c.batch_size / n  # per GPU; below 1, --sp shares clips
-            compute = clips * flops / (fraction * 1e12 * PEAK["H100"])
-            reduce = 2 * (n - 1) / n * 4 * weights / link
-            row = {"clips per GPU": clips, "compute s": compute, "all-reduce s": reduce}
-            row["days, hidden"] = c.steps * max(compute, reduce) / 86400
-            row["days, after"] = c.steps * (compute + reduce) / 86400
-            row["cache GB/s in all"] = c.batch_size * 2 * numbers / max(compute, reduce) / 1e9
+            clips, nodes = c.batch_size / n, n // 8  # clips per GPU; below 1, --sp shares them
+            compute = clips / micro_batch * sum(parts.values())
+            reduce = 2 * 4 * cost_model.WEIGHTS * (7 / 8 / 350e9 + (1 - 1 / nodes) / 8 / 50e9)
+            row = {"clips per GPU": clips, "compute s": compute, "optimizer s": optimizer}
+            row |= {"all-reduce s": reduce, "step s": compute + optimizer + reduce}
+            row["days"] = c.steps * row["step s"] / 86400
+            useful = 3 * clips * sum(cost_model.flops(stage))
+            row["of peak"] = useful / row["step s"] / cost_model.GPUS["H100"].peak
+            row["cache GB/s in all"] = c.batch_size * 2 * numbers / row["step s"] / 1e9
             figures[f"{stage}, {n} GPUs"] = row
-    table(f"projection at {fraction:.0%} of the peak: calculated, not measured", figures, [*row])
+    table("calculated, not measured; the all-reduce is not hidden", figures, [*row])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -371,7 +431,7 @@ class SpeedConfig:
     step: bool = False  # one optimizer step of STDiT-XL/2 on the CPU, and its peak memory
     frames: int = 16  # of --step
     size: int = 512  # of --step, in pixels
-    project: float = 0.0  # calculate v1's stages on many GPUs at this fraction of an H100's peak
+    project: bool = False  # calculate v1's stages on many GPUs
 
 
 def main():
@@ -380,7 +440,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tiny = replace(XL, depth=2, hidden_size=64, num_heads=4, caption_channels=64)
     if c.project:
-        project(c.project)
+        project()
         return
     if c.step:
         config = tiny if c.quick else XL
@@ -388,6 +448,7 @@ def main():
         columns = ["tokens", "seconds", "gradient_norm", "peak_gb", "predicted_gb", "ratio"]
         table("one AdamW step", results["step"], columns)
     elif c.quick:
+        check_attention(tiny, (4, 4, 8, 8), device)
         on_cpu(tiny, (4, 4, 8, 8))
         on_cuda({"tiny": (tiny, (4, 4, 8, 8), 2)}, device, repeats=1, steps=(2, 2))
     elif device == "cuda":

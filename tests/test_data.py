@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 import data
 
+LIGHT = torch.tensor([1.0, 0.9] * 4).view(8, 1, 1, 1)  # every other frame is darker
+
 
 def noise_video(path, n):
     """A video whose n frames all differ, also after compression."""
@@ -187,17 +189,20 @@ def test_shapes_have_equal_areas_and_stay_in_view():
 
 
 def test_the_detector_is_right_after_the_vae_and_at_chance_for_other_captions(toy, encoders):
-    """96 cached clips: at least 95 right, and the VAE reaches 33 dB."""
+    """96 cached clips: at least 95 right, with crisp frames, and the VAE reaches 33 dB."""
     cache, clips = data.LatentCache(toy / "validation"), data.Toy("validation", 96)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0)).tolist()
-    right, shuffled, error = 0, 0, []
+    right, shuffled, error, crispness = 0, 0, [], []
     for i in range(96):
         video = encoders[0].decode(cache[i][0])  # [T, 3, H, W]
         error.append((video - (clips[i].float() / 127.5 - 1)).square().mean())
         found = data.detect((video + 1) * 127.5)
         right += found is not None and data.caption_of(found) == cache.captions[i]
         shuffled += found is not None and data.caption_of(found) == cache.captions[order[i]]
+        crispness.append(data.crispness((video + 1) * 127.5, clips.triples[i]))
     assert right >= 95 and shuffled <= 8  # chance: 2 of 96
+    shape, overlap, flicker = torch.tensor(crispness).mean(0)
+    assert shape == 1 and overlap > 0.94 and flicker < 1.2  # the ceiling of generated videos
     assert 10 * torch.log10(4 / torch.stack(error).mean()) >= 33  # the range is 2
 
 
@@ -224,6 +229,17 @@ def test_the_detector_needs_straight_motion():
     assert data.detect(video.flip(0)) == ("red", "circle", "right")
     assert data.detect(video[:1].expand(8, -1, -1, -1)) is None  # stands still
     assert data.detect(video[[0, 0, 7, 7, 0, 0, 7, 7]]) is None  # jumps
+
+
+def test_crispness_sees_single_frames():
+    triple = ("blue", "square", "up")
+    video = data.draw_clip(triple, data.keyed_generator(0)).float()
+    circle = data.draw_clip(("blue", "circle", "up"), data.keyed_generator(0)).float()
+    mixed = torch.cat([video[:6], circle[6:]])
+    assert data.detect(mixed) == triple and data.crispness(mixed, triple)[0] == 0.75
+    assert data.crispness(video, triple)[2] < 1 < 5 < data.crispness(video * LIGHT, triple)[2]
+    right, overlap, _ = data.crispness(video, ("blue", "circle", "up"))
+    assert right == 0 and 0.8 < overlap < 0.95  # a square and a circle of the same area: 0.91
 
 
 # ----------------------------------------------------------------------------------- written media

@@ -3,10 +3,12 @@ and the cost model's formulas against counted FLOPs.
 """
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch._dynamo.config
+import torch.nn.functional as F
 from conftest import ROOT, randomize
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +21,7 @@ from stdit import MODELS, STDiT, STDiTConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import cost_model  # noqa: E402
+import speed  # noqa: E402
 
 
 class Copies(TorchDispatchMode):
@@ -106,3 +109,23 @@ def test_sampling_draws_noise_only_for_ddpm(monkeypatch):
         sample.sample(model, y, mask, (4, 1, 4, 4), [("test", 0)], 4, 1, sampler=name)
         counts[name] = len(drawn)
     assert counts == {"ddpm": 5, "ddim": 1, "dpm": 1}
+
+
+def test_the_check_of_attention_passes_here_and_finds_a_wrong_kernel(monkeypatch):
+    config, shape = replace(MODELS["toy"], hidden_size=64), (4, 4, 8, 8)
+    speed.check_attention(config, shape, "cpu")
+    attention = F.scaled_dot_product_attention
+
+    def wrong(q, k, v, attn_mask):
+        return attention(q, k, v, attn_mask if q.dtype == torch.float32 else None)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)  # without its mask
+    with pytest.raises(SystemExit, match="attention is off by"):
+        speed.check_attention(config, shape, "cpu")
+
+
+def test_the_projection_is_calculated_for_every_stage(capsys):
+    speed.project()
+    rows = [line for line in capsys.readouterr().out.splitlines() if "GPUs |" in line]
+    shares = [float(row.split("|")[-3]) for row in rows]  # of the peak
+    assert len(rows) == 12 and all(0.1 < share < 0.6 for share in shares)

@@ -290,27 +290,25 @@ train.MODELS["toy"] = train.replace(train.MODELS["toy"], depth=2)
 data.run_command(train.main)
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 """
-EAGER, ALL = (
-    "aot_eager",
-    [*product(["aot_eager", "inductor"], ["none", "selective", "full"], [1, 2])],
-)
-QUICK = [(EAGER, "none", 1), (EAGER, "full", 1), (EAGER, "selective", 2)]
+EAGER, RANKS = "aot_eager", [(1, 1), (2, 1), (2, 2)]  # processes, of which sp share a clip
+ALL = product([EAGER, "inductor"], ["none", "selective", "full"], RANKS)
+QUICK = [(EAGER, "none", (1, 1)), (EAGER, "full", (2, 1)), (EAGER, "selective", (2, 2))]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK]
 
 
-@pytest.mark.parametrize("backend, checkpointing, processes", QUICK + SLOW)
+@pytest.mark.parametrize("backend, checkpointing, ranks", QUICK + SLOW)
 def test_compiled_blocks_give_the_same_numbers(
-    config, backend, checkpointing, processes, tmp_path, monkeypatch
+    config, backend, checkpointing, ranks, tmp_path, monkeypatch
 ):
     if backend == "inductor" and not train.HAS_COMPILER:
         pytest.skip("no C++ compiler")
     monkeypatch.setitem(train.MODELS, "toy", replace(train.MODELS["toy"], depth=2))
     config = replace(config, steps=4, save_every=4)
     train.train(config)
-    other = replace(config, out=config.out + "2", compile=True)
+    other = replace(config, out=config.out + "2", compile=True, sp=ranks[1])
     other = replace(other, activation_checkpointing=checkpointing)
     (tmp_path / "compiled.py").write_text(COMPILED)
-    run(other, processes, tmp_path / "compiled.py", backend)
+    run(other, ranks[0], tmp_path / "compiled.py", backend)
     # fp32; inductor also fuses and reorders sums
     assert_same_numbers(config, other, 1e-4 if backend == "inductor" else 1e-5)
 
@@ -450,10 +448,16 @@ def test_reversed_videos_match_no_caption():
     unseen = [data.caption_of(triple) for triple in data.UNSEEN]
     assert captions[:6] == unseen == captions[48:] and len(set(captions)) == 48
     videos = drawn(None, None, None, None, sample.video_keys(0, captions), None)
-    right = train.caption_accuracy(captions, videos)
-    assert right == {"seen": [42, 42], "unseen": [12, 12]}
-    wrong = train.caption_accuracy(captions, [video.flip(0) for video in videos])
-    assert wrong == {"seen": [0, 42], "unseen": [0, 12]}
+    right = train.evaluate_toy(captions, videos)
+    assert right["accuracy"] == {"seen": [42, 42], "unseen": [12, 12]}
+    shape, overlap, flicker = right["crispness"]
+    assert shape == 1 and overlap > 0.99 and flicker < 0.5  # antialiasing and rounding
+    videos[0] = videos[0].flip(0)  # moves in the other direction
+    wrong = train.evaluate_toy(captions, videos)["accuracy"]
+    assert wrong == {"seen": [42, 42], "unseen": [11, 12]}
+    videos = [video.flip(0) for video in videos[1:]]
+    wrong = {"accuracy": {"seen": [0, 42], "unseen": [0, 11]}, "crispness": None}
+    assert train.evaluate_toy(captions[1:], videos) == wrong
 
 
 @pytest.fixture(scope="module")

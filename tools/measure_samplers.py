@@ -49,7 +49,7 @@ def main():
         start, options = time.time(), {"sampler": sampler, "steps": steps, "guidance": guidance}
         videos = generate(model, vae, y, mask, keys, shape, batch_size=32, **options)
         seconds = (time.time() - start) / len(videos)
-        counts = train.caption_accuracy(captions, videos).values()  # seen, unseen
+        counts = train.evaluate_toy(captions, videos)["accuracy"].values()  # seen, unseen
         matches = " | ".join(f"{n / total:.0%} ({n} of {total})" for n, total in counts)
         print(f"| {sampler} | {steps} | {guidance:g} | {matches} | {seconds:.2f} |", flush=True)
 
