@@ -538,12 +538,8 @@ class LatentCache:
 # video matches its caption. Six triples of words are never in the training set, although every pair
 # of words is: to generate them, a model must have learned the words separately.
 
-COLORS = {
-    "red": (225, 50, 50),
-    "green": (50, 190, 80),
-    "blue": (70, 110, 250),
-    "yellow": (245, 220, 60),
-}
+COLORS = {"red": (225, 50, 50), "green": (50, 190, 80), "blue": (70, 110, 250)}
+COLORS |= {"yellow": (245, 220, 60)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y is down
 BACKGROUND = (28, 28, 36)
@@ -619,11 +615,9 @@ def fit_shapes(cover):
     pixel, area = torch.arange(size) + 0.5, cover.sum((1, 2)).clamp(min=1e-6)
     center = torch.stack([(cover.sum(1) * pixel).sum(1), (cover.sum(2) * pixel).sum(1)], 1)
     center, radius = center / area[:, None], (area / math.pi).sqrt()[:, None, None]
-    ideals = [coverage(shape, center, radius, size) for shape in SHAPES]  # [T, H, W] each
-    ious = [
-        torch.minimum(i, cover).sum((1, 2)) / torch.maximum(i, cover).sum((1, 2)) for i in ideals
-    ]
-    return torch.stack(ious), center, area
+    ideals = torch.stack([coverage(shape, center, radius, size) for shape in SHAPES])
+    iou = torch.minimum(ideals, cover).sum((2, 3)) / torch.maximum(ideals, cover).sum((2, 3))
+    return iou, center, area
 
 
 def detect(video):
@@ -684,10 +678,8 @@ class Toy:
         return len(self.triples)
 
     def __getitem__(self, row):
-        generator = keyed_generator(0, "toy", self.split, row)
-        return draw_clip(
-            self.triples[row], generator, self.settings["frames"], self.settings["size"]
-        )
+        generator, s = keyed_generator(0, "toy", self.split, row), self.settings
+        return draw_clip(self.triples[row], generator, s["frames"], s["size"])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -425,9 +425,8 @@ def main():
     print0(f"{c.weights}: {m}\n{c.frames} frames of {c.size}x{c.width}, guidance {c.guidance:g}")
     shape = (vae.channels, c.frames, c.size // vae.factor, c.width // vae.factor)
     keys = video_keys(c.seed, c.prompt)
-    options = {
-        k: getattr(c, k) for k in ("steps", "sampler", "guidance", "guidance_min_t", "v1_guidance")
-    }
+    names = ("steps", "sampler", "guidance", "guidance_min_t", "v1_guidance")
+    options = {name: getattr(c, name) for name in names}
     videos = generate(model.to(d.device), vae, y, mask, keys, shape, c.batch_size, **options)
     if d.rank == 0:
         write_videos(c.out, c.prompt, videos, c.output_fps)

@@ -343,9 +343,8 @@ def patchify(x, patch_size):
 def unpatchify(x, patch_size, h, w):
     """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; channel last, as in released models."""
     pt, ph, pw = patch_size
-    return rearrange(
-        x, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=h, w=w, pt=pt, ph=ph, pw=pw
-    )
+    pattern = "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
+    return rearrange(x, pattern, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
 class PatchEmbedder(nn.Module):
@@ -469,10 +468,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         T, h, w = T // pt, H // ph, W // pw
         group = self.sp_group
         if group and (c.variant == "full" or T % group.size() or h * w % group.size()):
-            raise ValueError(
-                f"{group.size()} processes cannot share a video of {T} frames of {h * w} patches "
-                f"with variant={c.variant}: sp must divide both, and be 1 for full"
-            )
+            sizes = f"{T} frames and {h * w} patches"
+            raise ValueError(f"sp={group.size()} must divide {sizes}, and be 1 for variant=full")
 
         x = split_frames(patchify(x, c.patch_size), group)  # [B, T, S, C*pt*ph*pw]
         x = self.x_embedder(x) + spatial_pos_embed(h, w, c.hidden_size, c.space_scale, x.device)

@@ -667,10 +667,8 @@ def train(config, distributed=data.Distributed("cpu")):
     model, ema, optimizers, start = create_model(c, d.device, stream.cache.settings)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     clips = f"{len(stream)} clips, {len(validation)} for validation"
-    print0(
-        f"{c}\n{model.config}\n{trainable:,} trainable parameters; {clips}; "
-        f"{d.world_size} process(es) on {d.device}"
-    )
+    processes = f"{d.world_size} process(es) on {d.device}"
+    print0(f"{c}\n{model.config}\n{trainable:,} trainable parameters; {clips}; {processes}")
     ddp_model = parallelize(model, c, d)
     if d.rank == 0:
         rewind_metrics(c.out, start)
