@@ -52,7 +52,7 @@ def free_frames(n, generator):
 
 
 def make_vae(out, steps, batch=24):
-    """Train, whiten, save. Loss: MSE and a little KL. Noise of 10% of each channel's standard
+    """Train, whiten, save. Loss: MSE and a little KL. Noise of 30% of each channel's standard
     deviation is added to the latents, because the decoder will get those of a sampler, which are
     not exact.
     """
@@ -78,7 +78,7 @@ def make_vae(out, steps, batch=24):
         posterior = vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist
         z = posterior.sample(generator)
         std = z.std((0, 2, 3), keepdim=True).detach()
-        z = z + 0.1 * std * torch.randn(z.shape, generator=generator)
+        z = z + 0.3 * std * torch.randn(z.shape, generator=generator)
         mse = F.mse_loss(vae.decode(z).sample, x)
         kl = posterior.kl().mean() / z[0].numel()  # nats per latent value
         optimizer.zero_grad()
