@@ -243,7 +243,7 @@ def decode(path, times, transform=lambda frame: frame):
                 if frame.pts in times:
                     image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                     found[frame.pts] = transform(torch.from_numpy(image.copy()).permute(2, 0, 1))
-                if len(found) == len(set(times)):
+                if len(found) == len(times):
                     return torch.stack([found[t] for t in times])
     raise UnreadableClip(f"{len(found)} of {len(times)} frames could be decoded")
 
@@ -361,14 +361,15 @@ def write_sheet(path, videos, captions):
 
 def load_frozen(load, source, part, **options):
     """from_pretrained of the subfolder `part` of a source, or of the source itself."""
-    path = source if Path(source).is_dir() else ROOT / source  # "assets/vae" works from anywhere
-    path = str(path if Path(path).is_dir() else source)
+    # "assets/vae" works from any folder
+    path = next((p for p in (Path(source), ROOT / source) if p.is_dir()), source)
+    reasons = []
     for subfolder in (part, ""):
         try:
-            return load(path, subfolder=subfolder, **options)
+            return load(str(path), subfolder=subfolder, **options)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-    raise UserError(f"{source} has no {part} that can be loaded: {reason}")
+            reasons.append(str(error).strip().split("\n")[0])
+    raise UserError(f"{source} has no {part} that can be loaded: {'; '.join(reasons)}")
 
 
 def default_dtype(device):
@@ -455,8 +456,8 @@ class T5:
 
 
 def fingerprint(vae, t5):
-    """12 hex digits that identify the frozen weights: a hash of the first value of each tensor, in
-    bf16, so that it is the same for weights loaded in fp32 and in bf16.
+    """12 hex digits that tell encoders of different training apart: a hash of the first value of
+    each tensor, in bf16, so that it is the same for weights loaded in fp32 and in bf16.
     """
     parameters = (*vae.model.parameters(), *t5.model.parameters())
     values = [p.flatten()[0].bfloat16().item() for p in parameters]
@@ -466,11 +467,11 @@ def fingerprint(vae, t5):
 # ---------------------------------------------------------------------------------------------
 # The latent cache
 #
-# The encoders cost more than a training step of a small model. So they run once, and training reads
-# their outputs in every epoch: for each clip one safetensors file with the latents of one temporal
-# crop, sampled from the VAE's posterior, and the T5 embeddings without
-# padding, in fp16. 64x512x512 pixels take 2.1 MB, 120 tokens of T5-XXL 0.98 MB. index.json is
-# written last.
+# The encoders cost more than a training step of a small model. So they run once, and training
+# reads their outputs in every epoch: for each clip one safetensors file with the latents of one
+# temporal crop, sampled from the VAE's posterior, and the T5 embeddings without padding, in fp16,
+# which holds these values (what overflows are activations inside T5). 64x512x512 pixels take 2.1
+# MB, 120 tokens of T5-XXL 0.98 MB. index.json is written last.
 
 
 def write_cache(clips, out, vae, t5, rank=0, world_size=1):
@@ -478,7 +479,8 @@ def write_cache(clips, out, vae, t5, rank=0, world_size=1):
     call after an interruption continues; each process encodes every world_size-th clip.
     """
     out, files = Path(out), [Path(out) / f"{row:06d}.safetensors" for row in range(len(clips))]
-    settings = clips.settings | {"caption_length": t5.length, "encoders": fingerprint(vae, t5)}
+    settings = clips.settings | {"encoder_hash": fingerprint(vae, t5)}
+    settings |= {"caption_length": t5.length, "caption_channels": t5.channels}
     if (out / "settings.json").exists():
         found = json.loads((out / "settings.json").read_text())
         other = f"{out} was made with {found}, not {settings}: delete it, or change --out"
@@ -543,7 +545,7 @@ COLORS |= {"yellow": (245, 220, 60)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y is down
 BACKGROUND = (28, 28, 36)
-INNER = math.sqrt(math.pi / (3 * math.sqrt(3)))  # radius of a triangle's inscribed circle, area pi
+INNER = math.sqrt(math.pi / (3 * math.sqrt(3)))  # inscribed radius of a triangle of area pi
 TRIPLES = [(c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS]
 # No two share a pair of words, so each pair occurs in training with another third word.
 UNSEEN = [("red", "circle", "left"), ("red", "triangle", "up"), ("green", "square", "right")]
@@ -583,14 +585,15 @@ def draw_clip(triple, generator, frames=8, size=64):
     number alone would say anything about the position, only both together.
     """
     color, shape, direction = triple
-    u = torch.rand(4, generator=generator)
-    radius = size * (0.125 + 0.045 * u[0])
+    size_u, speed_u, *start_u = torch.rand(4, generator=generator)
+    radius = size * (0.125 + 0.045 * size_u)
     heading = torch.tensor(DIRECTIONS[direction])  # [2]  x, y
-    travel = heading * size * (0.28 + 0.10 * u[1])  # [2]  from the first frame to the last
+    travel = heading * size * (0.28 + 0.10 * speed_u)  # [2]  from the first frame to the last
     reach = 2 * INNER * radius  # no shape extends further from its center
     # [2]  where the center may be in the first frame so that the shape never leaves the frame
     low, high = reach - travel.clamp(max=0), size - reach - travel.clamp(min=0)
-    u = u[2:]
+    # uniform across the motion; along it, in the last 30% of the room in its direction
+    u = torch.stack(start_u)
     u = torch.where(heading == 0, u, torch.where(heading < 0, 0.3 * u, 1 - 0.3 * u))
     center = low + (high - low) * u + travel * torch.linspace(0, 1, frames)[:, None]  # [T, 2]
     cover = coverage(shape, center, radius, size)[:, None]  # [T, 1, H, W]
@@ -640,19 +643,19 @@ def detect(video):
     if distance.min() > 80 or iou.max() < 0.6 or size_change.min() < 0.5 or size_change.max() > 2:
         return None  # another color or shape, or one that does not keep its size
 
-    time = torch.linspace(-0.5, 0.5, T)[:, None]
-    velocity = (center * time).sum(0) / time.square().sum()  # [2]  least squares, pixels per clip
-    residual = (center - center.mean(0) - time * velocity).norm(dim=1).mean()
+    frame = torch.linspace(-0.5, 0.5, T)[:, None]
+    velocity = (center * frame).sum(0) / frame.square().sum()  # [2]  least squares, pixels per clip
+    residual = (center - center.mean(0) - frame * velocity).norm(dim=1).mean()
     direction = max(DIRECTIONS, key=lambda d: velocity @ torch.tensor(DIRECTIONS[d]).float())
     across = (velocity * torch.tensor(DIRECTIONS[direction][::-1])).norm()
     if velocity.norm() < size / 8 or across > 0.4 * velocity.norm() or residual > size / 16:
-        return None  # not straight
+        return None  # too slow, or not straight
     return color, SHAPES[iou.argmax()], direction
 
 
 def crispness(video, triple):
-    """(Fraction of frames that, each taken alone, have the shape of the triple; their mean overlap
-    with it; flicker: the standard deviation over frames of the shape's color, of 255.)
+    """How well single frames show a triple: (fraction of frames that, taken alone, have its shape;
+    mean overlap with it; flicker, the standard deviation of its color over frames, of 255).
     """
     cover, shape = cover_of(video, triple[0]), SHAPES.index(triple[1])
     iou, _, _ = fit_shapes(cover)
@@ -702,7 +705,8 @@ class CacheConfig:
 
 
 def main():
-    start, c = time.time(), tyro.cli(CacheConfig, description=__doc__)
+    start = time.time()
+    c = tyro.cli(CacheConfig, description=__doc__)
     d, width = init_distributed(c.device), c.width or c.size
     clips = Clips(c.source, c.frames, c.stride, c.size, width, c.seed)
     vae = VAE(c.vae, d.device)

@@ -34,7 +34,7 @@ from stdit import STDiT, STDiTConfig, drop_captions
 # Noise schedule
 #
 # Noise is added in N = 1000 steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise, with beta
-# rising linearly from 1e-4 to 2e-2. Several steps at once are again Gaussian (DDPM, arXiv
+# rising linearly from 1e-4 to 2e-2. Several steps combined are again Gaussian (DDPM, arXiv
 # 2006.11239, eq. 4):
 #     x_t = alpha_t x_0 + sigma_t noise,   alpha_t^2 = alphas_cumprod_t = prod_{s <= t} (1 - beta_s)
 # with sigma_t^2 = 1 - alpha_t^2. So sampling may use a subset of the timesteps, which is a schedule
@@ -42,7 +42,7 @@ from stdit import STDiT, STDiTConfig, drop_captions
 
 
 class Schedule(NamedTuple):
-    """Tables over N steps, in the order of increasing noise: step_index 0 is the last step of
+    """Tables over N steps, in the order of increasing noise: index 0 is the last step of
     sampling (t = 1 in the papers, which count from 1). float64 on the CPU; to(device) rounds each
     table once to fp32.
     """
@@ -130,8 +130,8 @@ def log_variance(schedule, v, t):
 
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
-    """{"mse": of the noise, "vlb": in bits per dimension}, [B] each. v1 trains on their sum (IDDPM
-    weights the bound with 0.001, summed over 1000 steps; here it is a mean over t).
+    """{"mse": error of the noise, "vlb": bound in bits per dimension}, [B] each. v1 trains on their
+    sum. (IDDPM weights the bound with 0.001 but sums over 1000 steps, which is the same.)
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
@@ -272,7 +272,7 @@ def sample(
         drop = torch.ones(len(y), dtype=torch.bool, device=y.device)
         null, null_mask = drop_captions(y, mask, drop, model.y_embedder.y_embedding)
         null_mask = mask if v1_guidance else null_mask
-        y, mask = torch.cat([y, null]), torch.cat([mask.bool(), null_mask.bool()])
+        y, mask = torch.cat([y, null]), torch.cat([mask, null_mask])
     x, x0 = noise(), None
     for i in progress(range(steps)[::-1], "sampling"):
         g = guidance if timesteps[i] >= guidance_min_t else 1
@@ -406,7 +406,8 @@ def write_videos(out, prompts, videos, fps):
 
 
 def main():
-    start, c = time.time(), tyro.cli(SampleConfig, description=__doc__)
+    start = time.time()
+    c = tyro.cli(SampleConfig, description=__doc__)
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
     SAMPLERS[c.sampler][0](c.steps)  # checks the number of steps before anything is loaded
     c = resolve(c)
@@ -418,13 +419,14 @@ def main():
     model.sp_group, m = d.sp_group, model.config
     vae, t5 = data.VAE(c.vae, d.device), data.T5(c.t5, m.caption_length, d.device)
     vae.check_size(c.frames, c.size, c.width, m.patch_size)
-    y, mask = t5.encode([data.clean_caption(prompt) for prompt in c.prompt])
+    prompts = [data.clean_caption(prompt) for prompt in c.prompt]
+    y, mask = t5.encode(prompts)
     del t5  # T5-XXL takes 9.5 GB in bf16
     gc.collect()
 
     print0(f"{c.weights}: {m}\n{c.frames} frames of {c.size}x{c.width}, guidance {c.guidance:g}")
     shape = (vae.channels, c.frames, c.size // vae.factor, c.width // vae.factor)
-    keys = video_keys(c.seed, c.prompt)
+    keys = video_keys(c.seed, prompts)
     names = ("steps", "sampler", "guidance", "guidance_min_t", "v1_guidance")
     options = {name: getattr(c, name) for name in names}
     videos = generate(model.to(d.device), vae, y, mask, keys, shape, c.batch_size, **options)

@@ -130,8 +130,9 @@ class SelfAttention(nn.Module):
 
 class CrossAttention(nn.Module):
     """Tokens attend to the caption. x [B, T, S, D], y [B, L, D], mask [B, L] (True: a real token)
-    -> [B, T, S, D]. Frames are folded into the batch, because the backward pass of fused attention
-    runs in parallel over batch, heads and keys, and L keys alone are too few to fill a GPU.
+    -> [B, T, S, D]. Frames are folded into the batch, with the same keys and values for each: the
+    backward pass of fused attention runs in parallel over batch, heads and keys, and with one batch
+    entry per video the L keys alone are too few to fill a GPU.
     """
 
     def __init__(self, dim, heads):
@@ -204,9 +205,8 @@ def split_frames(x, group):
 def gather_frames(x, group):
     """[B, T/n, ...] -> [B, T, ...] on every process.
 
-    Backward sums the gradients of all n processes. If each computes the loss of the whole video,
-    a weight's gradient on one process is n times the contribution of its own frames, and the mean
-    over processes, which DDP takes, is the gradient of the loss.
+    Each process then computes the same loss, so backward gives it n times the gradient from its
+    frames. The mean over processes, which DDP takes, divides by n.
     """
     if group is None:
         return x
@@ -233,7 +233,8 @@ def gather_frames(x, group):
 #     sequential  spatial, then temporal attention: the choice of v1
 #     parallel    both on the input of the block, outputs added; same weight names as sequential
 #     latte       a PixArt block for space, then one for time with its own table and MLP, without
-#                 cross-attention; the latter is not zero at first: it cannot start as PixArt-alpha
+#                 cross-attention. The temporal block is not zero at first, so a latte model cannot
+#                 start as PixArt-alpha.
 # The temporal position embedding is added in the first block only: to the input of temporal
 # attention (sequential, parallel) or to the tokens themselves (full, latte).
 
@@ -249,7 +250,9 @@ def attend(attention, x, sequences):
 
 def temporal_attention(attention, x, group):
     """Attention across frames [B, T, S, D] -> the same; with a group, frames are gathered first."""
-    if group and torch.is_autocast_enabled(x.device.type):  # send bf16, in which it is computed
+    if group and torch.is_autocast_enabled(
+        x.device.type
+    ):  # send bf16; attention casts to it anyway
         x = x.to(torch.get_autocast_dtype(x.device.type))
     x = all_to_all(x, gather_dim=1, scatter_dim=2, group=group)  # with a group: [B, T, S/n, D]
     x = attend(attention, x, "(b s) t d")
@@ -270,8 +273,9 @@ SAVED_OPS = [
 
 class STDiTBlock(nn.Module):
     """One block. activation_checkpointing says what is kept for the backward pass: "none": all
-    activations; "full": the block's inputs, so the block is computed again; "selective": also
-    SAVED_OPS, about 18 D numbers per token, so only norms and elementwise operations are.
+    activations; "full": the block's inputs, and the block is recomputed; "selective": also the
+    outputs of SAVED_OPS, 18 D numbers per token, so only norms and elementwise operations are
+    recomputed.
     """
 
     def __init__(self, config):
@@ -293,10 +297,13 @@ class STDiTBlock(nn.Module):
     def forward(self, *inputs):
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(*inputs)
-        selective = partial(create_selective_checkpoint_contexts, SAVED_OPS)
-        options = {"context_fn": selective} if self.activation_checkpointing == "selective" else {}
-        options |= {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
-        return checkpoint(self.compute, *inputs, **options)
+        options = {}
+        if self.activation_checkpointing == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
+        # no random state is kept, since nothing here is random
+        return checkpoint(
+            self.compute, *inputs, use_reentrant=False, preserve_rng_state=False, **options
+        )
 
     def compute(self, x, y, mask, modulation, temporal_pos, group=None):
         """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; modulation [B, 6, D]
@@ -421,7 +428,7 @@ def autocast(device):
 
 
 class STDiT(nn.Module, PyTorchModelHubMixin):
-    """STDiT-XL/2 has 759,620,768 parameters, of which PixArt-alpha has 610,856,096. save_pretrained
+    """STDiT-XL/2 has 759,620,768 parameters, 610,856,096 of them from PixArt-alpha. save_pretrained
     writes config.json and model.safetensors, which sample.load_model reads.
     """
 
@@ -462,10 +469,11 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         x [B, C, T, H, W] noisy latents; t [B] timesteps, 0 to 999; y [B, L, E] T5 embeddings;
         mask [B, L], True where a token is real, or None if all are -> [B, 2C, T, H, W]: C channels
         of noise, C of variance (sample.py, log_variance). Positions are computed for the given
-        grid: any T, H, W that the patch divides.
+        grid: any T, H, W that the patch divides. With sequence parallelism, T below is T/n.
         """
-        c, (pt, ph, pw), (T, H, W) = self.config, self.config.patch_size, x.shape[2:]
-        T, h, w = T // pt, H // ph, W // pw
+        c = self.config
+        pt, ph, pw = c.patch_size
+        T, h, w = x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw
         group = self.sp_group
         if group and (c.variant == "full" or T % group.size() or h * w % group.size()):
             sizes = f"{T} frames and {h * w} patches"
@@ -475,8 +483,11 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         x = self.x_embedder(x) + spatial_pos_embed(h, w, c.hidden_size, c.space_scale, x.device)
         temporal_pos = temporal_pos_embed(T, c.hidden_size, c.time_scale, x.device)
         temporal_pos = split_frames(temporal_pos, group)  # [1, T, 1, D]
-        if T == 1 and c.variant in ("full", "latte"):  # images: the tokens of an image model
-            temporal_pos = 0.0
+        if T == 1 and c.variant in (
+            "full",
+            "latte",
+        ):  # these add it to the tokens themselves, so an
+            temporal_pos = 0.0  # image would differ from that of an image model
         t = self.t_embedder(t)  # [B, D]
         modulation = self.t_block(t).unflatten(1, (6, -1))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]

@@ -32,6 +32,7 @@ from typing import Literal
 
 import torch
 import tyro
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import default_collate
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from data import keyed_generator, print0, require
+from data import UserError, keyed_generator, print0, require
 from stdit import MODELS, VARIANTS, STDiT, drop_captions
 
 # ---------------------------------------------------------------------------------------------
@@ -116,8 +117,6 @@ class TrainConfig:
 V1 = TrainConfig(
     model="STDiT-XL/2",
     init="weights/PixArt-XL-2-512x512",
-    space_scale=0.5,
-    time_scale=1.0,
     data="",
     frames=16,
     size=256,
@@ -138,7 +137,7 @@ V1 = TrainConfig(
     guidance=7.0,
     guidance_min_t=0,
 )
-LARGE = replace(V1, size=512, space_scale=1.0, steps=20_000, batch_size=128, micro_batch=1)
+LARGE = replace(V1, size=512, steps=20_000, batch_size=128, micro_batch=1)
 LONG = replace(LARGE, frames=64, stride=2, time_scale=1.5, output_fps=12)
 PRESETS = {
     "toy": TrainConfig(),
@@ -162,12 +161,13 @@ def parse_command_line(argv=None):
     out = args.out or f"out/{args.preset}"
     default, checkpoint = replace(PRESETS[args.preset], out=out), sample.newest_checkpoint(out)
     if args.resume and checkpoint:
-        default = TrainConfig(**json.loads((checkpoint / "state.json").read_text())["config"])
+        stored = json.loads((checkpoint / "state.json").read_text())["config"]
+        default = replace(TrainConfig(**stored), out=out)
     rank0 = os.environ.get("RANK", "0") == "0"
     options = {"description": __doc__, "console_outputs": rank0}
     config = tyro.cli(TrainConfig, args=argv, default=default, **options)
-    exists = f"{out} holds a run: continue it with --resume, or give another --out"
-    require(args.resume or not checkpoint, exists)
+    if checkpoint and not args.resume:
+        raise UserError(f"{out} holds a run: continue it with --resume, or give another --out")
     return config
 
 
@@ -216,7 +216,7 @@ class Stream:
         for position in positions:
             epoch, i = divmod(position, len(self.rows))
             samples.append(self.cache[self.rows[permutation(self.seed, len(self.rows), epoch)[i]]])
-        return (to_device(v, device) for v in default_collate(samples))
+        return [to_device(v, device) for v in default_collate(samples)]
 
 
 def to_device(tensor, device):
@@ -243,10 +243,11 @@ def toy_caches(config, distributed):
 def open_cache(path, config):
     """The LatentCache at `path`; UserError if it does not fit the config."""
     found = (Path(path) / "index.json").is_file()
-    require(found, f"data={path}: expected a cache, made by data.py, or toy")
+    require(found, f"{path} is not a latent cache: make one with data.py, or use --data toy")
     c, cache = config, data.LatentCache(path)
     needed = {"frames": c.frames, "size": c.size, "width": c.width or c.size, "stride": c.stride}
-    needed["caption_length"] = MODELS[c.model].caption_length
+    m = MODELS[c.model]
+    needed |= {"caption_length": m.caption_length, "caption_channels": m.caption_channels}
     for name, value in needed.items():
         stored = cache.settings[name]
         require(stored == value, f"the cache {path} has {name}={stored}, the run {name}={value}")
@@ -319,9 +320,9 @@ def schedule_on(device):
 
 
 def loss_weights(config, t):
-    """Min-SNR weights [B] (arXiv 2303.09556, section 3.4, noise prediction). Without them the loss
-    at small t is hundreds of times that at large t, where the content of a video is decided. The
-    paper has min_snr = 5 for pixels; 0.03 was found on the toy.
+    """Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4, prediction of
+    noise). Without them the loss at small t is hundreds of times that at large t, where the content
+    of a video is decided. The paper has min_snr = 5 for pixels; 0.03 was found on the toy.
     """
     schedule = schedule_on(t.device)
     snr = (schedule.alpha[t] / schedule.sigma[t]).square()  # [B]
@@ -358,7 +359,10 @@ class Muon(torch.optim.Optimizer):
             by_shape[p.shape].append(p)
         for shape, params in by_shape.items():
             grads, states = [p.grad for p in params], [self.state[p] for p in params]
-            momenta = [s.setdefault("momentum", torch.zeros_like(g)) for s, g in zip(states, grads)]
+            for p, state in zip(params, states):
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+            momenta = [state["momentum"] for state in states]
             torch._foreach_lerp_(momenta, grads, 0.05)
             updates = orthogonalize(torch.stack(grads).lerp(torch.stack(momenta), 0.95))
             scale = 0.2 * max(shape) ** 0.5
@@ -378,8 +382,8 @@ def create_optimizers(config, model):
 
 
 def update_ema(config, step, ema, model):
-    """ema = decay * ema + (1 - decay) * weights. The decay grows to ema_decay, so that the random
-    initial weights are soon forgotten.
+    """ema = decay * ema + (1 - decay) * weights. After n steps the decay is (1 + n) / (10 + n), but
+    at most ema_decay, so that the initial weights are soon forgotten.
     """
     decay = min(config.ema_decay, (2 + step) / (11 + step))
     pairs = [(a, p) for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
@@ -411,9 +415,8 @@ def validation_loss(config, model, stream, distributed):
             t = 250 * b + (250 * draw(torch.rand, config, "t", keys)).long().to(d.device)
             noise = draw(torch.randn, config, "noise", keys, *x0.shape[1:]).to(d.device)
             x_t = sample.q_sample(schedule_on(d.device), x0, t, noise)
-            out = model(x_t, t, y, mask)
-            loss = sample.diffusion_loss(schedule_on(d.device), out, x0, x_t, t, noise)
-            sums[b] += loss["mse"].sum().item()
+            eps, _ = model(x_t, t, y, mask).chunk(2, dim=1)
+            sums[b] += (eps - noise).square().flatten(1).mean(1).sum().item()
     *sums, count = data.all_reduce_sum(sums).tolist()
     return [total / count for total in sums]
 
@@ -493,7 +496,8 @@ def read_metrics(out):
 def rewind_metrics(out, start):
     """Delete the lines that a run resumed at `start` writes again."""
     # of step `start`, the line of the training step is kept; evaluation is repeated
-    lines = [m for m in read_metrics(out) if m["step"] < start + ("loss" in m)]
+    lines = read_metrics(out)
+    lines = [m for m in lines if m["step"] < start or (m["step"] == start and "loss" in m)]
     text = "".join(json.dumps(m) + "\n" for m in lines)
     data.atomic_write(Path(out) / "metrics.jsonl", lambda tmp: tmp.write_text(text))
 
@@ -576,7 +580,7 @@ def load_checkpoint(folder, model, ema, optimizers, data_settings):
     for optimizer, state_dict in zip(optimizers, training["optimizers"], strict=True):
         groups = optimizer.state_dict()["param_groups"]  # of the options, which may be new
         optimizer.load_state_dict(state_dict | {"param_groups": groups})
-    ema.load_state_dict(sample.load_model(folder).state_dict())
+    ema.load_state_dict(load_file(folder / "model.safetensors"))
     return state["step"]
 
 
@@ -587,7 +591,7 @@ stop_signals = []  # those received
 
 
 def request_stop(number, frame):
-    """Handler of SIGTERM and Ctrl-C: the run finishes its step, saves and stops. A second Ctrl-C
+    """Handler of SIGTERM and Ctrl-C: the run finishes its step, saves and stops. Ctrl-C after that
     stops it immediately.
     """
     if number == signal.SIGINT and stop_signals:
@@ -625,7 +629,8 @@ def parallelize(model, config, distributed):
         return model
     # Blocks are compiled one by one, so DDP need not split graphs to reduce gradients early.
     torch._dynamo.config.optimize_ddp = False
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # they are constant
+    return DistributedDataParallel(model, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -650,11 +655,12 @@ def train_step(config, step, model, ddp_model, ema, optimizers, stream, distribu
     grad_norm = clip_grad_norm_(params, c.grad_clip).item()  # waits for the GPU
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = learning_rate(c, step)
-        if math.isfinite(grad_norm):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # keeps them in DDP's buckets, without a second copy
     if math.isfinite(grad_norm):
+        for optimizer in optimizers:
+            optimizer.step()
         update_ema(c, step, ema, model)
+    for optimizer in optimizers:  # keep gradients in DDP's buckets, without a second copy
+        optimizer.zero_grad(set_to_none=False)
     return losses, grad_norm
 
 
@@ -704,8 +710,8 @@ def train(config, distributed=data.Distributed("cpu")):
         if successive:
             skipped += 1
             print0(f"step {step + 1}  gradient norm {grad_norm}: skipped, {successive} in a row")
-        diverged = f"{successive} non-finite gradients in a row: resume with a lower learning rate"
-        require(successive < c.max_nonfinite_steps, diverged)
+        if successive == c.max_nonfinite_steps:
+            raise UserError(f"{successive} non-finite gradients in a row: lower the learning rate")
         if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
             rate = timed * c.batch_size / seconds
             log_step(c, step + 1, losses, grad_norm, skipped, rate, d)

@@ -146,12 +146,12 @@ def test_an_interrupted_cache_continues_and_equals_an_uninterrupted_one(toy, enc
         assert path.read_bytes() == (cache / path.name).read_bytes(), path.name
 
 
-@pytest.mark.parametrize("change", ["frames", "size", "clips", "caption_length", "encoders"])
+@pytest.mark.parametrize("change", ["frames", "size", "clips", "caption_length", "encoder_hash"])
 def test_a_cache_of_other_settings_is_refused(change, toy, encoders):
     vae, t5, split = *encoders, "validation" if change == "clips" else "train"
     if change == "caption_length":
         t5 = data.T5("assets/t5", 20)
-    if change == "encoders":  # the VAE of another training run
+    if change == "encoder_hash":  # the VAE of another training run
         vae = copy.deepcopy(vae)
         vae.model.decoder.conv_out.bias += 0.1
     clips = data.Toy(split, 24, 4 if change == "frames" else 8, 32 if change == "size" else 64)
