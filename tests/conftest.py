@@ -1,6 +1,4 @@
-"""Shared by all tests: the path to the scripts, a tiny data set, comparisons that print how far off
-they are.
-"""
+"""Shared by all tests: the path to the scripts, a tiny data set, comparisons."""
 
 import os
 import sys

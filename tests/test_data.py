@@ -1,13 +1,12 @@
-"""Crops, captions, tables, encoders, the latent cache, the toy and its detector, written media."""
+"""Crops, captions, tables, the latent cache, the toy and its detector, written media."""
 
 import copy
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_close
+from conftest import assert_close
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -52,68 +51,26 @@ def test_resize_and_center_crop_keeps_the_center_and_the_aspect_ratio(H, W, heig
     assert out[..., outside < -2].min() > 250 and out[..., outside > 2].max() < 5  # else blurred
 
 
-@pytest.mark.parametrize(
-    "text, cleaned",
-    [
-        ("A red circle, moving LEFT!", "a red circle, moving left!"),
-        ("Sunset &amp; sea <b>in 4K</b> https://x.example/a.mp4?b=1", "sunset & sea in 4k"),
-        ("so   nice\n", "so nice"),
-        ("https://x.example", ""),
-        ("a red circle moving left", "a red circle moving left"),
-    ],
-)
-def test_captions_are_cleaned(text, cleaned):
-    assert data.clean_caption(text) == data.clean_caption(cleaned) == cleaned
+def test_captions_are_cleaned():
+    text = "Sunset &amp; sea,   <b>in 4K</b>\n https://x.example/a.mp4?b=1"
+    assert data.clean_caption(text) == "sunset & sea, in 4k"
+    assert data.clean_caption("a red circle moving left") == "a red circle moving left"
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "not found"),
-        (b"", "needs the header path,text; it has None"),
-        (b"path,caption\na.mp4,b\n", r"header path,text; it has \['path', 'caption'\]"),
-        (b"path,text\n", "lists no clips"),
-        (b"path,text\na.mp4,red, blue\n", "line 2: put a text with commas into quotes"),
-        (b"text,path\na\n", "line 2"),
-        (b"\0\0\0 ftypisom\xff\xfe", "needs the header"),  # a video in place of a table
-    ],
-)
-def test_bad_tables_get_one_clear_line(tmp_path, content, message):
+TABLES = {
+    "": "needs the header path,text; it has None",
+    "path,caption\na.mp4,b\n": r"header path,text; it has \['path', 'caption'\]",
+    "path,text\n": "lists no clips",
+    "path,id,text\na.mp4,1,red, blue\n": "line 2: put a text with commas into quotes",
+}
+
+
+@pytest.mark.parametrize("content", TABLES)
+def test_bad_tables_get_one_clear_line(tmp_path, content):
     table = tmp_path / "clips.csv"
-    if content is not None:
-        table.write_bytes(content)
-    with pytest.raises(data.UserError, match=message) as error:
+    table.write_text(content)
+    with pytest.raises(data.UserError, match=f"{table}.*{TABLES[content]}$"):
         data.read_table(table)
-    assert str(error.value).startswith(str(table)) and "\n" not in str(error.value)
-
-
-def test_tables_of_spreadsheets_are_read(tmp_path):
-    """With a byte order mark, more columns, and commas and line breaks in quotes."""
-    text = 'path,id,text\r\na.mp4,1,"A wall,\r\nred"\r\n/b/c.mp4,2,\r\n'
-    (tmp_path / "clips.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    rows = [(tmp_path / "a.mp4", "a wall, red"), (Path("/b/c.mp4"), "")]
-    assert data.read_table(tmp_path / "clips.csv") == rows
-
-
-# ---------------------------------------------------------------------------------------- encoders
-def test_t5_truncates_long_captions_and_keeps_the_end_token(encoders):
-    y, mask = encoders[1].encode(["a red circle moving left " * 5, "", "a red circle"])
-    assert y.shape == (3, 16, 64) and mask.sum(1).tolist() == [16, 1, 4]
-    ids = encoders[1].tokenizer("a red circle moving left " * 3)["input_ids"]  # 15 words, </s>
-    expected = encoders[1].model(torch.tensor([ids])).last_hidden_state[0]
-    assert_close(y[0], expected, 1e-5, "fp32, another batch size")
-
-
-@pytest.mark.parametrize("source", ["no/such/folder", "nobody/nothing", "tests", "damaged"])
-@pytest.mark.parametrize("encoder, part", [("vae", "vae"), ("t5", "tokenizer|text_encoder")])
-def test_an_encoder_that_cannot_be_loaded_gets_one_clear_line(source, encoder, part, tmp_path):
-    if source == "damaged":
-        source = shutil.copytree(ROOT / "assets" / encoder, tmp_path / encoder)
-        (weights,) = source.glob("*.safetensors")
-        weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(data.UserError, match=f"^{source} has no ({part}) that can") as error:
-        {"vae": data.VAE, "t5": data.T5}[encoder](str(source))
-    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------- cache
@@ -139,6 +96,7 @@ def test_an_interrupted_cache_continues_and_equals_an_uninterrupted_one(toy, enc
     cache = shutil.copytree(toy / "train", tmp_path / "cache")
     for name in ("index.json", "000003.safetensors", "000017.safetensors"):
         (cache / name).unlink()
+    (cache / ".0.000003.safetensors").write_bytes(b"half")  # of a process that was killed
     kept = {path: path.stat().st_mtime_ns for path in cache.glob("0*")}
     assert len(data.write_cache(data.Toy("train", 24), cache, *encoders)) == 24
     assert len(kept) == 22 and all(path.stat().st_mtime_ns == kept[path] for path in kept)
@@ -146,15 +104,15 @@ def test_an_interrupted_cache_continues_and_equals_an_uninterrupted_one(toy, enc
         assert path.read_bytes() == (cache / path.name).read_bytes(), path.name
 
 
-@pytest.mark.parametrize("change", ["frames", "size", "clips", "caption_length", "encoder_hash"])
+@pytest.mark.parametrize("change", ["frames", "clips", "caption_length", "encoder_hash"])
 def test_a_cache_of_other_settings_is_refused(change, toy, encoders):
-    vae, t5, split = *encoders, "validation" if change == "clips" else "train"
+    vae, t5 = encoders
     if change == "caption_length":
         t5 = data.T5("assets/t5", 20)
     if change == "encoder_hash":  # the VAE of another training run
         vae = copy.deepcopy(vae)
         vae.model.decoder.conv_out.bias += 0.1
-    clips = data.Toy(split, 24, 4 if change == "frames" else 8, 32 if change == "size" else 64)
+    clips = data.Toy("train", 48 if change == "clips" else 24, 4 if change == "frames" else 8)
     with pytest.raises(data.UserError, match=f"train was made with .*'{change}': .* --out"):
         data.write_cache(clips, toy / "train", vae, t5)
 
@@ -167,25 +125,6 @@ def test_every_pair_of_words_is_seen_although_six_triples_are_not():
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert {(t[i], t[j]) for t in seen} == {(t[i], t[j]) for t in data.TRIPLES}
         assert len({(t[i], t[j]) for t in data.UNSEEN}) == 6  # no two share a pair
-
-
-def test_a_toy_clip_depends_on_split_and_row_alone():
-    few, many, other = data.Toy("train", 4), data.Toy("train", 2048), data.Toy("validation", 4)
-    assert torch.equal(few[3], few[3]) and torch.equal(few[3], many[3])
-    assert few.triples[0] == many.triples[42] and not torch.equal(few[0], many[42])
-    same_key = data.draw_clip(other.triples[3], data.keyed_generator(0, "toy", "train", 3))
-    assert not torch.equal(other[3], same_key)
-
-
-def test_shapes_have_equal_areas_and_stay_in_view():
-    center = torch.tensor([[32.0, 32.0]])
-    areas = [data.coverage(shape, center, 10.0, 64).sum().item() for shape in data.SHAPES]
-    assert max(areas) / min(areas) < 1.02  # antialiasing of the corners
-    background = torch.tensor(data.BACKGROUND).view(3, 1, 1)
-    for row in range(96):
-        offset = data.Toy("validation", 96)[row].float() - background
-        strength = offset.norm(dim=1).sum((1, 2))  # [T]  constant if no frame cuts the shape
-        assert strength.max() / strength.min() < 1.03  # antialiasing and rounding
 
 
 def test_the_detector_is_right_after_the_vae_and_at_chance_for_other_captions(toy, encoders):
@@ -206,21 +145,13 @@ def test_the_detector_is_right_after_the_vae_and_at_chance_for_other_captions(to
     assert 10 * torch.log10(4 / torch.stack(error).mean()) >= 33  # the range is 2
 
 
-def test_the_detector_finds_nothing_in_noise_and_blobs():
+def test_the_detector_finds_nothing_in_noise():
     g = torch.Generator().manual_seed(0)
-    background = torch.tensor(data.BACKGROUND).view(3, 1, 1)
-    for i in range(60):
+    for _ in range(60):
         assert data.detect(torch.randint(0, 256, (8, 3, 64, 64), generator=g)) is None
         smooth = torch.rand(8, 3, 5, 5, generator=g) * 255
         smooth = torch.nn.functional.interpolate(smooth, size=64, mode="bicubic")
         assert data.detect(smooth) is None
-        color, _, direction = data.TRIPLES[i % 48]  # a soft blob of a toy color that moves like one
-        time, heading = torch.arange(8)[:, None] - 3.5, torch.tensor(data.DIRECTIONS[direction])
-        x, y = (torch.arange(64) - (32 + 3.5 * time * heading)[..., None]).unbind(1)  # 2 x [T, 64]
-        square = x[:, None, :] ** 2 + y[:, :, None] ** 2  # [T, H, W]
-        blob = torch.exp(-square / 2 / (5 + i % 6) ** 2)[:, None]
-        foreground = torch.tensor(data.COLORS[color]).view(3, 1, 1)
-        assert data.detect(background + blob * (foreground - background)) is None
 
 
 def test_the_detector_needs_straight_motion():
@@ -243,21 +174,13 @@ def test_crispness_sees_single_frames():
 
 
 # ----------------------------------------------------------------------------------- written media
-def test_written_videos_are_close_to_their_frames(tmp_path):
-    frames = noise_video(tmp_path / "a.mp4", 12)
-    found = data.read_frames(tmp_path / "a.mp4", 12)
-    assert (found.float() - frames.float()).abs().mean() < 4  # 4:2:0 and H.264 of noise
-
-
 def test_gif_and_sheet_show_the_frames(tmp_path):
     frames = noise_video(tmp_path / "a.mp4", 12)
     data.write_gif(tmp_path / "a.gif", frames, 8)
     gif = Image.open(tmp_path / "a.gif")
     assert (gif.n_frames, gif.size) == (12, (256, 256))
     assert gif.info["duration"] == 120 and gif.info["loop"] == 0  # 1/8 s in units of 10 ms; forever
-    data.write_sheet(
-        tmp_path / "a.png", [frames, frames.flip(0)], ["a wall", "the same, backwards"]
-    )
+    data.write_sheet(tmp_path / "a.png", [frames, frames.flip(0)], ["a wall", "backwards"])
     sheet = torch.from_numpy(np.array(Image.open(tmp_path / "a.png")))
     assert sheet.shape == (2 * (128 + 24) + 4, 8 * (128 + 4) + 4, 3)
     for row, k, i in ((0, 0, 0), (0, 7, 11), (1, 0, 11), (1, 3, 6)):  # 8 of 12 frames

@@ -12,17 +12,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, assert_close, hand_attention, randomize
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    LatteTransformer3DModel,
-    PixArtTransformer2DModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.models import LatteTransformer3DModel, PixArtTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
-from torch._dynamo.utils import counters
 from torch.distributions import Normal
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -212,23 +205,6 @@ def test_activation_checkpointing_changes_no_number(variant):
     assert flops["selective"] == flops["none"] and 1.2 < flops["full"] / flops["none"] < 1.34
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_give_the_numbers_of_eager_fp32(backend, mode):
-    model = randomize(STDiT(STDiTConfig(**TINY | dict(depth=3))))
-    expected, _ = loss_and_gradients(model, inputs(3, 4, 6))
-    torch._dynamo.reset()
-    counters.clear()
-    for block in model.blocks:
-        block.activation_checkpointing = mode
-        block.compile(backend=backend, dynamic=False)
-    found, _ = loss_and_gradients(model, inputs(3, 4, 6))
-    # two whole graphs: the first block, which adds positions, and all others
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-    atol, cause = (1e-6, "fp32") if backend == "aot_eager" else (1e-4, "fp32, in another order")
-    assert_close(found / expected, torch.ones_like(found), atol, cause)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_autocast_stays_within_bf16s_rounding_of_eager_fp32(variant):
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -413,10 +389,10 @@ def test_t5_is_transformers_t5(encoders):
     def expected(caption):  # [tokens, E], without padding
         return theirs(tokenizer(caption, return_tensors="pt")["input_ids"]).last_hidden_state[0]
 
-    captions = ["a red circle moving left", "a square"] * 20  # more than one micro-batch
-    y, mask = encoders[1].encode(captions)
-    for row in (0, 1, 39):
-        e = expected(captions[row])
+    words = "a red circle moving left "  # 16 tokens: three times, and the end
+    y, mask = encoders[1].encode([words, "", words * 5] * 20)  # more than one micro-batch
+    for row, caption in ((0, words), (1, ""), (2, words * 3), (59, words * 3)):
+        e = expected(caption)
         assert mask[row].sum() == len(e) and y[row, len(e) :].abs().sum() == 0
         assert_close(y[row, : len(e)], e, 1e-4, "fp32; the padding's scores are -3e38")
 

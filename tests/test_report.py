@@ -114,9 +114,8 @@ def test_A4_tables_of_designs_and_ablations_show_the_stored_results():
 
 @pytest.mark.parametrize("variant", ("sequential", "parallel", "latte"))
 def test_A5_at_step_0_stdit_is_the_image_model_and_latte_is_not(variant):
-    """The new temporal projections start at zero, so the first videos are the image model's images.
-    Latte's design cannot keep that, even with temporal blocks that start at zero: its temporal
-    position embedding is added to the tokens.
+    """New temporal projections start at zero. Latte's design cannot keep the images, even with
+    temporal blocks that start at zero: its temporal position embedding is added to the tokens.
     """
     image_model = randomize(STDiT(replace(MODELS["toy"], variant="full")))  # T = 1: an image model
     model = STDiT(replace(MODELS["toy"], variant=variant))
@@ -136,9 +135,7 @@ def test_A5_at_step_0_stdit_is_the_image_model_and_latte_is_not(variant):
 
 
 def test_A6_the_inserted_attention_takes_580M_to_724M():
-    """In units of 2^20: PixArt-alpha's 610,856,096 parameters are 583M, which the report rounds to
-    580M; STDiT's are 724M.
-    """
+    """In units of 2^20; the report rounds PixArt-alpha's 583M to 580M."""
     sizes = {name: p.numel() for name, p in on_meta(XL).named_parameters()}
     total, inserted = sum(sizes.values()), sum(n for k, n in sizes.items() if "attn_temp" in k)
     assert (total - inserted, total) == (610_856_096, 759_620_768)
@@ -146,9 +143,7 @@ def test_A6_the_inserted_attention_takes_580M_to_724M():
 
 
 def test_A7_patches_of_two_frames_halve_tokens_and_cost():
-    """Hardly more than half the FLOPs: those of the caption and the timestep stay. (What it does to
-    quality: benchmarks/ablations.py.)
-    """
+    """Hardly more than half the FLOPs. What it does to quality: benchmarks/ablations.py."""
     two = replace(XL, patch_size=(2, 2, 2))
     video = torch.empty(1, 4, 16, 32, 32)
     assert [patchify(video, c.patch_size)[..., 0].numel() for c in (XL, two)] == [4096, 2048]
@@ -156,9 +151,7 @@ def test_A7_patches_of_two_frames_halve_tokens_and_cost():
 
 
 def test_A8_at_64_frames_of_512_full_attention_costs_5_times_as_much():
-    """The report: 25k against 5k tokens per second at 64x512x512. In FLOPs it is 6.4 times: 9.5
-    GFLOP per token, not 1.49.
-    """
+    """The report: 25k against 5k tokens per second. In FLOPs it is 6.4 times."""
     sequential, full = (flops(replace(XL, variant=v), 64, 512) for v in ("sequential", "full"))
     tokens = 64 * 32 * 32
     assert round(sequential / tokens / 1e9, 2) == 1.49 and round(full / tokens / 1e9, 1) == 9.5
@@ -167,9 +160,7 @@ def test_A8_at_64_frames_of_512_full_attention_costs_5_times_as_much():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_A8_factorized_attention_grows_linearly_with_the_frames_full_with_their_square(variant):
-    """FLOPs as a function of T are exactly a + b T + c T^2. Per layer, c is 4 D S^2 in full
-    attention and 4 D S in the others (each patch sees T frames): S = 256 times less.
-    """
+    """FLOPs are a + b T + c T^2; per layer, c is 4 D S^2 in full attention, 4 D S in the others."""
     config = replace(XL, depth=2, variant=variant)
     one, two, three, four = (flops(config, T, 256) for T in (8, 16, 24, 32))
     assert one - 3 * two + 3 * three - four == 0
@@ -179,11 +170,10 @@ def test_A8_factorized_attention_grows_linearly_with_the_frames_full_with_their_
 
 
 def test_T1_position_embeddings_of_the_stages_agree_at_corresponding_positions():
-    """Each stage rescales positions: a patch of 256x256 has the embedding of the patch at the same
-    point of 512x512, a frame that of the frame at the same time.
-    """
+    """Patches at the same point of 256x256 and 512x512 agree, and frames at the same time."""
     assert [(c.frames, c.size) for c in STAGES] == [(16, 256), (16, 256), (16, 512), (64, 512)]
-    assert [c.init for c in STAGES[1:]] == ["out/16x256x256", "out/16x256x256-hq", "out/16x512x512"]
+    inits = ["out/16x256x256", "out/16x256x256-hq", "out/16x512x512"]
+    assert [c.init for c in STAGES] == ["weights/PixArt-XL-2-512x512", *inits]
     sizes = [(512, 80_000), (512, 24_000), (128, 20_000), (128, 20_000)]
     assert [(c.batch_size, c.steps) for c in STAGES] == sizes
     configs, grids = [train.model_config(c) for c in STAGES], {}
@@ -260,6 +250,7 @@ def test_T6_other_settings_follow_pixart_and_dit():
     for c in STAGES:
         assert (c.drop_caption, c.ema_decay, c.weight_decay, c.beta2) == (0.1, 0.9999, 0.0, 0.999)
         assert (c.t_std, c.min_snr, c.grad_clip) == (0, 0, 1.0)  # uniform timesteps, all weights 1
+        assert (c.optimizer, c.variant, c.guidance) == ("adamw", "sequential", 7)
     c = STAGES[0]
     u = train.draw(torch.rand, c, "drop", range(4000))
     dropped = (u < c.drop_caption).float().mean()

@@ -5,7 +5,6 @@ command lines of train.py and sample.py.
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,10 +14,13 @@ from copy import deepcopy
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, randomize
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -103,10 +105,7 @@ def assert_same_numbers(a, b, bound):
         assert difference < 100 * bound, (name, difference)
 
 
-# ---------------------------------------------------------------------------------------------
-# The stream and its draws
-
-
+# ------------------------------------------------------------------------- the stream and its draws
 def test_every_clip_comes_once_an_epoch_in_a_new_order():
     rows = [2, 3, 5, 7, 11]
     cache = {row: [torch.tensor(row)] * 3 for row in rows}
@@ -115,7 +114,7 @@ def test_every_clip_comes_once_an_epoch_in_a_new_order():
     assert all(sorted(epoch) == rows for epoch in epochs) and len(set(epochs)) > 6
 
 
-@pytest.mark.parametrize("dp_size, micro_batch", [(1, 0), (1, 2), (2, 0), (2, 2), (4, 1), (4, 0)])
+@pytest.mark.parametrize("dp_size, micro_batch", [(1, 2), (2, 0), (2, 2)])
 def test_processes_and_micro_batches_share_the_positions_of_a_step(dp_size, micro_batch):
     config = TrainConfig(batch_size=8, micro_batch=micro_batch)
     ranks = [Distributed("cpu", dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
@@ -133,8 +132,6 @@ def test_draws_depend_on_seed_and_position_alone():
         parts = [draw(config, range(0, 5)), draw(config, range(5, 16))]
         assert torch.equal(torch.cat(parts), whole) and len(whole.unique(dim=0)) > 12
         assert not torch.equal(draw(replace(config, seed=1), range(16)), whole)
-    dropped = (uniform(config, range(4000)) < config.drop_caption).float().mean()
-    assert abs(dropped - 0.1) < 0.025  # 5 standard errors
 
 
 def test_timesteps_are_spread_evenly_over_any_batch():
@@ -149,10 +146,7 @@ def test_timesteps_are_spread_evenly_over_any_batch():
     assert abs(logit.mean() - 0.4) < 0.02 and abs(logit.std() - 0.8) < 0.02
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-
-
+# ----------------------------------------------------------------------------------------- training
 def test_learning_rate_loss_weights_and_ema_follow_their_formulas():
     config = TrainConfig(lr=1.0, warmup=10, steps=100, ema_decay=0.9, min_snr=0.03)
     rates = [train.learning_rate(config, step) for step in (0, 4, 50, 75)]
@@ -209,6 +203,7 @@ def test_a_network_overfits_four_clips(encoders, tmp_path, monkeypatch):
 
 def test_resume_is_exact(config, monkeypatch):
     """A run dies while it saves its second checkpoint, and resumes from the first."""
+    config = replace(config, keep_checkpoints=2)
     other, os_replace = replace(config, out=config.out + "2"), os.replace
 
     def die(source, target):
@@ -224,26 +219,11 @@ def test_resume_is_exact(config, monkeypatch):
     train.train(other)
     assert_same_checkpoints(config, other)
     assert losses_of(config) == losses_of(other)  # no gap and no line twice
+    kept = sorted(p.name for p in Path(other.out, "checkpoints").iterdir())
+    assert kept == ["step_00000006", "step_00000008"]
     files = {p: p.read_bytes() for p in Path(config.out).rglob("*") if p.is_file()}
     train.train(config)  # a finished run resumes to nothing new
     assert {p: p.read_bytes() for p in Path(config.out).rglob("*") if p.is_file()} == files
-
-
-def test_resume_after_sigkill_is_exact(config):
-    config = replace(config, steps=40, save_every=2, eval_every=100, keep_checkpoints=2)
-    killed = replace(config, out=config.out + "-killed")
-    process, newest = launch(killed), None
-    while process.poll() is None and (newest is None or newest.name < "step_00000006"):
-        time.sleep(0.01)
-        newest = sample.newest_checkpoint(killed.out)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-    train.train(killed)
-    train.train(config)
-    assert_same_checkpoints(config, killed)
-    assert losses_of(config) == losses_of(killed)
-    kept = sorted(p.name for p in Path(killed.out, "checkpoints").iterdir())
-    assert kept == ["step_00000038", "step_00000040"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -264,34 +244,32 @@ def test_sigterm_saves_and_exits_with_0(config, processes):
     assert [m["step"] for m in train.read_metrics(config.out)] == list(range(1, step + 1))
 
 
-def test_two_processes_with_two_micro_batches_give_the_numbers_of_one(config, toy):
-    options = {"validation_data": str(toy / "validation"), "num_samples": 2, "sample_steps": 2}
-    config = replace(config, steps=12, save_every=4, eval_every=12, sample_every=6, **options)
-    two = replace(config, out=config.out + "2", micro_batch=1)
-    run(two, 2)
-    train.train(config)
-    assert_same_numbers(config, two, 1e-5)
-    names = {f"step_{step:08d}.{end}" for step in (6, 12) for end in ("gif", "png")}
-    assert {p.name for p in Path(two.out, "samples").iterdir()} == names
-    for name in ("step_00000008", "step_00000012"):  # from two processes back to one
-        shutil.rmtree(Path(two.out, "checkpoints", name))
-    train.train(two)
-    assert_same_numbers(config, two, 1e-5)
-
-
+SLOW = pytest.mark.slow
 OTHER = [(2, {}), (4, {}), (4, {"micro_batch": 1}), (4, {"sp": 2, "micro_batch": 2})]
+OTHER += [(4, {"sp": 4, "micro_batch": 2})]
+CASES = [(2, {"micro_batch": 1}), (2, {"sp": 2, "micro_batch": 1})]
+CASES += [pytest.param(*case, marks=SLOW) for case in OTHER]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes, options", OTHER)
-def test_any_number_of_processes_gives_the_numbers_of_one(config, processes, options):
-    """... also resumed in other numbers of processes, and with sequence parallelism."""
-    config = replace(config, batch_size=8, steps=12, save_every=4)
+@pytest.mark.parametrize("processes, options", CASES)
+def test_any_number_of_processes_gives_the_numbers_of_one(config, toy, processes, options):
+    """... also resumed in another number of processes, and with sequence parallelism. Clips,
+    timesteps, noise and dropped captions are those of the global batch, so validation losses and
+    samples agree as well.
+    """
+    samples = {"validation_data": str(toy / "validation"), "num_samples": 2, "sample_steps": 2}
+    every = {"save_every": 4, "eval_every": 6, "sample_every": 6}
+    config = replace(config, steps=12, batch_size=8, **every, **samples)
     other = replace(config, out=config.out + "2", **options)
     train.train(config)
     run(other, processes)
     assert_same_numbers(config, other, 1e-5)
-    for count, last in ((2, 4), (1, 8)):
+    names = {f"step_{step:08d}.{end}" for step in (6, 12) for end in ("gif", "png")}
+    assert {p.name for p in Path(other.out, "samples").iterdir()} == names
+    sheets = (Path(c.out, "samples/step_00000012.png") for c in (config, other))
+    one, many = (np.asarray(Image.open(sheet).convert("RGB"), float) for sheet in sheets)
+    assert one.shape == many.shape and np.abs(one - many).mean() < 0.5  # of 255
+    for count, last in ((2, 4), (1, 8)) if processes > 2 else ((1, 8),):
         for folder in Path(other.out, "checkpoints").glob("step_*"):
             if int(folder.name[5:]) > last:
                 shutil.rmtree(folder)
@@ -313,41 +291,32 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 EAGER, RANKS = "aot_eager", [(1, 1), (2, 1), (2, 2)]  # processes, of which sp share a clip
 ALL = product([EAGER, "inductor"], ["none", "selective", "full"], RANKS)
 QUICK = [(EAGER, "none", (1, 1)), (EAGER, "full", (2, 1)), (EAGER, "selective", (2, 2))]
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK]
+COMPILERS = [*QUICK, *(pytest.param(*case, marks=SLOW) for case in ALL if case not in QUICK)]
 
 
-@pytest.mark.parametrize("backend, checkpointing, ranks", QUICK + SLOW)
-def test_compiled_blocks_give_the_same_numbers(
-    config, backend, checkpointing, ranks, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("backend, mode, ranks", COMPILERS)
+def test_compiled_blocks_give_the_same_numbers(config, backend, mode, ranks, tmp_path, monkeypatch):
     if backend == "inductor" and not train.HAS_COMPILER:
         pytest.skip("no C++ compiler")
     monkeypatch.setitem(train.MODELS, "toy", replace(train.MODELS["toy"], depth=2))
     config = replace(config, steps=4, save_every=4)
     train.train(config)
-    other = replace(config, out=config.out + "2", compile=True, sp=ranks[1])
-    other = replace(other, activation_checkpointing=checkpointing)
+    options = {"compile": True, "sp": ranks[1], "activation_checkpointing": mode}
+    other = replace(config, out=config.out + "2", **options)
     (tmp_path / "compiled.py").write_text(COMPILED)
     run(other, ranks[0], tmp_path / "compiled.py", backend)
     # fp32; inductor also fuses and reorders sums
     assert_same_numbers(config, other, 1e-4 if backend == "inductor" else 1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_activation_checkpointing_changes_no_bit(config, checkpointing, monkeypatch):
+def test_activation_checkpointing_changes_no_bit(config, monkeypatch):
     train.train(config)
-    checkpoint, calls = stdit.checkpoint, []
-
-    def counted(*args, **options):
-        calls.append(options)
-        return checkpoint(*args, **options)
-
-    monkeypatch.setattr(stdit, "checkpoint", counted)
-    other = replace(config, out=config.out + "2", activation_checkpointing=checkpointing)
+    checkpoint = MagicMock(wraps=stdit.checkpoint)
+    monkeypatch.setattr(stdit, "checkpoint", checkpoint)
+    other = replace(config, out=config.out + "2", activation_checkpointing="selective")
     train.train(other)
     assert_same_checkpoints(config, other)
-    selective = ["context_fn" in options for options in calls]
-    assert selective == [checkpointing == "selective"] * 32  # 8 steps of 4 blocks
+    assert ["context_fn" in call.kwargs for call in checkpoint.call_args_list] == [True] * 32
 
 
 def test_temporal_training_changes_temporal_attention_alone(config, tmp_path):
@@ -379,78 +348,28 @@ def test_every_variant_begins_with_given_weights_and_its_own_scales(config, vari
 
 
 def test_nonfinite_gradients_skip_steps_and_many_end_the_run(config, monkeypatch):
-    loss = train.training_loss
+    loss, bad = train.training_loss, {2, 5}
 
     def sometimes(config, model, null, batch, positions):
         factor = float("nan") if positions.start // config.batch_size in bad else 1
         return loss(config, model, null, batch, positions) * factor
 
     monkeypatch.setattr(train, "training_loss", sometimes)
-    bad = {2, 5}
     train.train(config)
     text = Path(config.out, "metrics.jsonl").read_text()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
     lines = [m for m in lines if "loss" in m]
     assert [m["skipped_steps"] for m in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert [m["step"] - 1 for m in lines if m["loss"] is m["grad_norm"] is None] == [2, 5]
-    train.write_metrics(config.out, {"step": 9, "validation": [math.nan, math.inf, 1.0]})
-    assert train.read_metrics(config.out)[-1]["validation"] == [None, None, 1.0]
-    bad, other = set(range(4, 99)), replace(config, out=config.out + "2", max_nonfinite_steps=3)
+    bad.update(range(4, 99))
+    other = replace(config, out=config.out + "2", max_nonfinite_steps=3)
     with pytest.raises(UserError, match="^3 non-finite gradients in a row: lower the learning"):
         train.train(other)
     for c in (config, other):
         assert all(v.isfinite().all() for v in checkpoint_of(c).values())
 
 
-# ---------------------------------------------------------------------------------------------
-# Presets
-
-
-STAGES = """
-16x256x256     16 256 3 0.5 1.0 512 8 full 80000 weights/PixArt-XL-2-512x512
-16x256x256-hq  16 256 3 0.5 1.0 512 8 full 24000 out/16x256x256
-16x512x512     16 512 3 1.0 1.0 128 1 none 20000 out/16x256x256-hq
-64x512x512     64 512 2 1.0 1.5 128 1 full 20000 out/16x512x512
-"""  # v1's, but for the time scale 1.5 (v1: 2/3) and micro-batches of 1 at 512x512 (v1: 8 and 4)
-
-
-def test_presets_are_the_stages_of_v1():
-    names = "frames size stride space_scale time_scale batch_size micro_batch".split()
-    names += ["activation_checkpointing", "steps", "init"]
-    always = {"lr": 2e-5, "weight_decay": 0.0, "grad_clip": 1.0, "ema_decay": 0.9999}
-    always |= {
-        "optimizer": "adamw",
-        "t_std": 0.0,
-        "min_snr": 0.0,
-        "warmup": 0,
-        "cosine": False,
-        "drop_caption": 0.1,
-    }
-    always |= {"variant": "sequential", "guidance": 7.0, "guidance_min_t": 0}
-    for stage in STAGES.strip().splitlines():
-        preset, *values = stage.split()
-        config = train.parse_command_line(["--preset", preset, "--data", "cache"])
-        settings = vars(config) | vars(train.model_config(config))  # with the two scales
-        assert [str(settings[name]) for name in names] == values
-        assert {name: getattr(config, name) for name in always} == always
-        assert config.out == f"out/{preset}" and train.MODELS[config.model] == stdit.STDiTConfig()
-
-
-def test_corresponding_positions_of_the_stages_agree():
-    names = "16x256x256", "16x512x512", "64x512x512"
-    small, large, long = (train.PRESETS[name] for name in names)
-    device = torch.device("cpu")
-    a = stdit.spatial_pos_embed(16, 16, 1152, train.model_config(small).space_scale, device)
-    b = stdit.spatial_pos_embed(32, 32, 1152, train.model_config(large).space_scale, device)
-    assert torch.equal(a.view(16, 16, -1), b.view(32, 32, -1)[::2, ::2])
-    a, b = (stdit.temporal_pos_embed(40, 1152, c.time_scale, device)[0] for c in (large, long))
-    assert torch.equal(a[::2][:10], b[::3][:10])  # source frames 0, 6, 12, ... at strides 3 and 2
-
-
-# ---------------------------------------------------------------------------------------------
-# Samples
-
-
+# ------------------------------------------------------------------------------------------ samples
 def drawn(model, vae, y, mask, keys, shape, batch_size=8, **options):
     """In place of sample.generate: draws what the caption in each key says."""
     triples = {data.caption_of(triple): triple for triple in data.TRIPLES}
@@ -471,19 +390,13 @@ def test_a_toy_run_makes_its_caches_and_counts_matching_videos(tmp_path, monkeyp
 
 def test_reversed_videos_match_no_caption():
     captions = train.sample_captions(TrainConfig(), None, (1, 2))
-    unseen = [data.caption_of(triple) for triple in data.UNSEEN]
-    assert captions[:6] == unseen == captions[48:] and len(set(captions)) == 48
     videos = drawn(None, None, None, None, sample.video_keys(0, captions), None)
     right = train.evaluate_toy(captions, videos)
     assert right["accuracy"] == {"seen": [42, 42], "unseen": [12, 12]}
     shape, overlap, flicker = right["crispness"]
     assert shape == 1 and overlap > 0.99 and flicker < 0.5  # antialiasing and rounding
-    videos[0] = videos[0].flip(0)  # moves in the other direction
-    wrong = train.evaluate_toy(captions, videos)["accuracy"]
-    assert wrong == {"seen": [42, 42], "unseen": [11, 12]}
-    videos = [video.flip(0) for video in videos[1:]]
-    wrong = {"accuracy": {"seen": [0, 42], "unseen": [0, 11]}, "crispness": None}
-    assert train.evaluate_toy(captions[1:], videos) == wrong
+    wrong = {"accuracy": {"seen": [0, 42], "unseen": [0, 12]}, "crispness": None}
+    assert train.evaluate_toy(captions, [video.flip(0) for video in videos]) == wrong
 
 
 @pytest.fixture(scope="module")
@@ -502,59 +415,42 @@ def test_sample_files_depend_on_seed_and_prompt_alone(finished, tmp_path, monkey
         return {file.name: file.read_bytes() for file in (tmp_path / out).iterdir()}
 
     one, again, other = files("a"), files("b"), files("c", "--seed", "1")
-    two = files("d", "--prompt", "a red circle", "--sampler", "ddim", "--guidance", "1")
-    name, second = "00_a-blue-square", "01_a-red-circle"
-    assert set(one) == {f"{name}.mp4", f"{name}.gif", "sheet.png"}
-    assert set(two) == set(one) | {f"{second}.mp4", f"{second}.gif"}
+    assert set(one) == {"00_a-blue-square.mp4", "00_a-blue-square.gif", "sheet.png"}
     assert one == again and all(one[file] != other[file] for file in one)
-    assert data.read_frames(tmp_path / f"a/{name}.mp4", 8).shape == (8, 3, 64, 64)
+    two = files("d", "--prompt", "a red circle", "--sampler", "ddim", "--guidance", "1")
+    assert set(two) == set(one) | {"01_a-red-circle.mp4", "01_a-red-circle.gif"}
     image = files("e", "--frames", "1", "--width", "128")
-    assert set(image) == {f"{name}.png", "sheet.png"}
-    assert data.read_frames(tmp_path / f"e/{name}.png", 1).shape == (1, 3, 64, 128)
+    assert set(image) == {"00_a-blue-square.png", "sheet.png"}
+    assert data.read_frames(tmp_path / "e/00_a-blue-square.png", 1).shape == (1, 3, 64, 128)
     printed = capsys.readouterr().out
     assert "8 frames of 64x64, guidance 1\n" in printed and "4 steps of ddim:" in printed
 
 
-# ---------------------------------------------------------------------------------------------
-# Command lines
+# ------------------------------------------------------------------------------------ command lines
+def test_bad_input_to_sample_gets_one_clear_line(finished, tmp_path, monkeypatch):
+    bad = {
+        "": "nothing to generate: give --prompt",
+        "--weights nowhere --prompt a": "nowhere is not a local folder",
+        "--prompt a --steps 1": "steps=1: expected 2 to 1000",
+        "--prompt a --size 40": "size=40 must be a multiple of 16; try 32",
+        "--prompt a --vae assets/t5": "assets/t5 has no vae that can be loaded",
+    }
+    command = ["sample.py", "--weights", finished, "--out", str(tmp_path / "out")]
+    for options, message in bad.items():
+        monkeypatch.setattr(sys, "argv", [*command, *options.split()])
+        with pytest.raises(UserError, match=f"^{message}.*$"):
+            sample.main()
+    assert not list(tmp_path.iterdir())
 
 
-BAD = {
-    "--weights nowhere --prompt a": "nowhere is not a local folder",
-    "": "nothing to generate: give --prompt",
-    "--prompt a --size 40": "size=40 must be a multiple of 16; try 32",
-    "--prompt a --steps 1": "steps=1: expected 2 to 1000",
-    "--prompt a --steps 1000 --sampler dpm": "steps=1000: expected 2 to 999",
-    "--prompt a --vae assets/t5": "assets/t5 has no vae that can be loaded",
-    "--prompt a --sp 2": r"sp=2 must divide the 1 process\(es\)",
-}
-
-
-@pytest.mark.parametrize("options", BAD)
-def test_bad_input_to_sample_gets_one_clear_line(finished, tmp_path, monkeypatch, options):
-    argv = ["sample.py", "--weights", finished, "--out", str(tmp_path / "out"), *options.split()]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(UserError, match=BAD[options]) as error:
-        sample.main()
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-UNFIT = {
-    "frames=4": "has frames=8, the run frames=4",
-    "width=128": "has width=64, the run width=128",
-    "stride=2": "has stride=1, the run stride=2",
-    "model=STDiT-XL/2": "has caption_length=16, the run caption_length=120",
-    "data=nowhere": "nowhere is not a latent cache",
-    "init=nowhere": "nowhere is not a local folder",
-}
-
-
-@pytest.mark.parametrize("change", UNFIT)
-def test_data_and_weights_that_do_not_fit_the_run_are_refused(config, change):
-    argv = [*options_of(replace(config, steps=1)), f"--{change}"]
-    with pytest.raises(UserError, match=UNFIT[change]) as error:
-        train.train(train.parse_command_line(argv))
-    assert "\n" not in str(error.value)
+def test_data_that_does_not_fit_the_run_is_refused(config):
+    for change, message in (
+        ({"frames": 4}, "has frames=8, the run frames=4"),
+        ({"model": "STDiT-XL/2"}, "has caption_length=16, the run caption_length=120"),
+        ({"data": "nowhere"}, "nowhere is not a latent cache"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.train(replace(config, **change))
 
 
 def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy):
@@ -574,50 +470,23 @@ def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy
         train.train(replace(resumed, data=str(toy / "validation")))
 
 
-WRONG = {
-    "--batchsize 8": "--batch-size",
-    "--lerning-rate 1": "--lerning-rate",
-    "--preset tiy": "invalid choice: 'tiy'",
-    "--model STDiT-XL": "STDiT-XL/2",
-    "--steps many": "--steps",
-}
-
-
-@pytest.mark.parametrize("options", WRONG)
-def test_wrong_options_exit_with_2_and_are_named(options, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.parse_command_line(options.split())
-    assert stop.value.code == 2 and WRONG[options] in capsys.readouterr().err
-
-
 ERRORS = {
-    "--data nowhere": "nowhere is not a latent cache: make one with data.py, or use --data toy",
-    "--batch-size 10 --micro-batch 4": "batch_size=10 must be a multiple of 4, "
-    "processes / sp x micro_batch; try 12",
+    "--batchsize 8": "--batch-size",
+    "--preset tiy": "invalid choice: 'tiy'",
+    "--batch-size 10 --micro-batch 4": "error: batch_size=10 must be a multiple of 4, "
+    "processes / sp x micro_batch; try 12\n",
 }
 
 
 @pytest.mark.parametrize("options", ERRORS)
-def test_user_errors_exit_with_2_and_one_line(options, tmp_path):
+def test_wrong_options_exit_with_2_and_say_what_is_right(options, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--out", tmp_path / "run", *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (2, f"error: {ERRORS[options]}\n")
-    assert not list(tmp_path.iterdir())
+    assert done.returncode == 2 and ERRORS[options] in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", [train, sample, data])
-def test_every_option_has_help(script, finished, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script.py", "--out", finished, "--help"])
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    text = re.sub(r"[│╭╰─╮╯]", "", capsys.readouterr().out)
-    options = re.split(r"\n\s*(?=--[a-z])", text)[1:]
-    assert stop.value.code == 0 and len(options) >= 10
-    not_help = r"--[a-z0-9-]+,?|\{.*?\}|\((default|required).*|\b[A-Z|]+\b"
-    assert not [o for o in options if not re.sub(not_help, "", o, flags=re.DOTALL).strip()]
-
-
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("options", ["", "--processes 2 -- --micro-batch=1"])
 @pytest.mark.parametrize("number", ["KILL", "TERM"])
 def test_five_interruptions_leave_no_trace(number, options, tmp_path):

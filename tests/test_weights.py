@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT, randomize
 from diffusers import LatteTransformer3DModel, PixArtTransformer2DModel
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import data
@@ -30,10 +29,8 @@ TOY, NULL = MODELS["toy"], torch.ones(16, 64)
 # The toy's shape in diffusers' terms, for PixArt and for Latte.
 SHAPE = dict(num_attention_heads=4, attention_head_dim=32, cross_attention_dim=128, num_layers=4)
 SHAPE |= dict(caption_channels=64, sample_size=16, in_channels=4, out_channels=8, patch_size=2)
-LATTE = dict(
-    norm_type="ada_norm_single", num_embeds_ada_norm=1000, activation_fn="gelu-approximate"
-)
-LATTE |= dict(norm_eps=1e-6, norm_elementwise_affine=False, attention_bias=True, video_length=2)
+LATTE = dict(num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_eps=1e-6, video_length=2)
+LATTE |= dict(norm_elementwise_affine=False, activation_fn="gelu-approximate", attention_bias=True)
 
 D = 1152
 LINEAR = {  # of STDiT-XL/2 in Open-Sora v1's file: weight [out, in], bias [out]
@@ -51,7 +48,7 @@ LINEAR_BLOCK |= {"cross_attn.q_linear": (D, D), "cross_attn.kv_linear": (2 * D, 
 LINEAR_BLOCK |= {"cross_attn.proj": (D, D)}
 
 
-def test_xl_has_the_names_shapes_and_size_of_the_released_weights():
+def test_xl_has_the_names_and_shapes_of_the_released_weights():
     with torch.device("meta"):
         model = STDiT(MODELS["STDiT-XL/2"])
     linear, blocks = dict(LINEAR), [f"blocks.{i}." for i in range(28)]
@@ -61,15 +58,9 @@ def test_xl_has_the_names_shapes_and_size_of_the_released_weights():
     expected |= {f"{block}scale_shift_table": (6, D) for block in blocks}
     expected |= {"final_layer.scale_shift_table": (2, D), "y_embedder.y_embedding": (120, 4096)}
     assert {name: tuple(v.shape) for name, v in model.state_dict().items()} == expected
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    assert sum(sizes.values()) == 759_620_768
-    assert sum(n for name, n in sizes.items() if "attn_temp" not in name) == 610_856_096
 
 
-# ---------------------------------------------------------------------------------------------
-# Conversion
-
-
+# --------------------------------------------------------------------------------------- conversion
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory):
     """A diffusers folder as PixArt-alpha's on the Hub: an image model of the toy's shape in shards
@@ -126,8 +117,6 @@ FILES = {
     "Open-Sora v1": lambda w: w | {"pos_embed": NULL, "pos_embed_temporal": NULL},
     "PixArt-alpha": image_model,
     "ema": lambda w: {"ema": w, "model": {}, "step": 3},
-    "state_dict_ema": lambda w: {"state_dict_ema": w, "state_dict": {}},
-    "model": lambda w: {"model": w, "args": {"lr": 1.0}},
 }
 
 
@@ -167,20 +156,6 @@ def test_diffusers_folders(kind, pixart, hub, encoders, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))  # no temporary folder is left
 
 
-def test_of_a_hub_repository_only_the_weights_are_downloaded(monkeypatch):
-    weights = ["diffusion_pytorch_model-00001-of-00002.safetensors", convert_weights.SHARDS[1]]
-    weights = [f"transformer/{name}" for name in (*weights, convert_weights.WEIGHTS)]
-    weights += convert_weights.ENCODERS
-    files = [*weights, "vae/model.safetensors", "text_encoder/model.safetensors", "v1.pth"]
-    files += ["transformer/diffusion_pytorch_model.fp16.safetensors", "transformer/config.json"]
-
-    def download(name, allow_patterns):
-        return " ".join(filter_repo_objects(files, allow_patterns=allow_patterns))
-
-    monkeypatch.setattr(convert_weights, "snapshot_download", download)
-    assert str(convert_weights.locate("acme/pixart")).split() == weights
-
-
 @pytest.mark.parametrize("variant, new", [*zip(VARIANTS, (0, 16, 16, 36))])
 def test_new_temporal_weights_are_seeded_and_their_projection_is_zero(variant, new, pixart):
     config, weights = replace(TOY, variant=variant), convert_weights.read_source(pixart)
@@ -196,15 +171,6 @@ def test_new_temporal_weights_are_seeded_and_their_projection_is_zero(variant, n
     assert all(not torch.equal(found[n], fresh[n]) for n in fresh if n not in temporal)
 
 
-def test_the_null_caption_is_t5_of_the_empty_string(encoders, pixart, tmp_path, monkeypatch):
-    null = convert(monkeypatch, pixart, tmp_path / "out")["y_embedder.y_embedding"]
-    y, mask = encoders[1].encode([""])
-    model, x, t = randomize(STDiT(TOY)), torch.randn(1, 4, 2, 8, 8), torch.tensor([500])
-    with torch.no_grad():  # without a mask it equals the empty string with its mask
-        difference = (model(x, t, null[None]) - model(x, t, y, mask)).abs().max()
-    assert null.shape == (16, 64) and difference < 1e-5, difference  # fp32
-
-
 class Code:
     """A pickle that would run something when it is read."""
 
@@ -212,31 +178,15 @@ class Code:
         return (Path.touch, (Path("it_ran"),))
 
 
-def without(name):
-    return lambda w: {key: v for key, v in w.items() if key != name}
+def with_tensor(name, value):
+    return lambda w: w | {name: value}
 
 
-def other(**changes):
-    return lambda w: randomize(STDiT(replace(TOY, **changes))).state_dict()
-
-
-def q_and_k(w):
-    """PixArt's tensors with q and k that only together have the right number of rows."""
-    attn, w = "transformer_blocks.1.attn1", PixArtTransformer2DModel(**SHAPE).state_dict()
-    w |= {f"{attn}.to_q.weight": torch.zeros(64, 128), f"{attn}.to_k.weight": torch.zeros(192, 128)}
-    return w | {"caption_projection.y_embedding": NULL}
-
-
-REFUSED = {
-    "missing": (without("blocks.1.mlp.fc2.bias"), "lacks 1 tensors, e.g. blocks.1.mlp.fc2.bias"),
-    "part of time": (without("blocks.0.attn_temp.qkv.bias"), "lacks 1 .*0.attn_temp.qkv.bias"),
-    "extra": (lambda w: w | {"net.0": NULL}, "also has 1 tensors, e.g. net.0"),
-    "q and k": (q_and_k, r"to_q.weight has shape \[64, 128\]"),
-    "captions": (other(caption_length=12), r"y_embedding has shape \[12, 64\], .* need \[16, 64\]"),
-    "latte": (other(variant="latte"), "also has 20 tensors, e.g. blocks.0.mlp_temp"),
-    "patch": (other(patch_size=(2, 2, 2)), r"x_embedder.proj.weight has shape \[128, 4, 2, 2, 2\]"),
-    "code": (lambda w: w | {"x": Code()}, "a pickle with code: not run"),
-    "a list": (lambda w: [1, 2], "weights.pth cannot be read as weights"),
+REFUSED = {  # change of a state dict, message
+    "missing": (lambda w: {n: w[n] for n in w if "0.attn_temp.qkv.b" not in n}, "lacks 1 tensors"),
+    "extra": (with_tensor("net.0", NULL), "also has 1 tensors, e.g. net.0"),
+    "shape": (with_tensor("y_embedder.y_embedding", NULL[:12]), r"shape \[12, .* need \[16, 64\]"),
+    "code": (with_tensor("x", Code()), "a pickle with code: not run"),
 }
 
 
@@ -250,59 +200,36 @@ def assert_refused(use, message):
 def test_conversion_refuses_other_weights(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     change, message = REFUSED[case]
-    torch.save(change(randomize(STDiT(TOY)).state_dict()), "weights.pth")
+    torch.save(change(STDiT(TOY).state_dict()), "weights.pth")
     options = "--t5", ROOT / "assets/t5"
     assert_refused(lambda: convert(monkeypatch, "weights.pth", "out", *options), message)
     assert [p.name for p in tmp_path.iterdir()] == ["weights.pth"]  # no output, and no code ran
 
 
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@pytest.mark.parametrize("damage", [lambda b: b[:-1000], lambda b: b"hello", lambda b: b""])
-def test_conversion_refuses_damaged_files(suffix, damage, tmp_path, monkeypatch):
-    file, save = tmp_path / f"weights.{suffix}", {"pth": torch.save, "safetensors": save_file}
-    save[suffix](STDiT(TOY).state_dict(), file)
-    file.write_bytes(damage(file.read_bytes()))
-    message = f"weights.{suffix} (cannot be read|is not a state dict)"
-    assert_refused(lambda: convert(monkeypatch, file, tmp_path / "out"), message)
-
-
-def test_conversion_refuses_what_is_nowhere_or_incomplete(pixart, hub, tmp_path, monkeypatch):
-    folder, out = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(pixart / "transformer", folder)
-    next(folder.glob("*-00001-*")).unlink()
-    cases = {name: "not a local path, and could not be" for name in ("no.pth", "/no", "acme/other")}
-    cases |= {folder: "or all shards of its index", tmp_path: "expected transformer/diffusion_p"}
+@pytest.mark.parametrize("suffix, save", [("pth", torch.save), ("safetensors", save_file)])
+def test_conversion_refuses_what_is_damaged_or_nowhere(suffix, save, tmp_path, monkeypatch):
+    file = tmp_path / f"weights.{suffix}"
+    save(STDiT(TOY).state_dict(), file)
+    file.write_bytes(file.read_bytes()[:-1000])
+    cases = {file: "cannot be read", tmp_path: "expected transformer/diffusion_p"}
+    cases["acme/other"] = "not a local path, and could not be"
     for source, message in cases.items():
-        assert_refused(lambda: convert(monkeypatch, source, out), f"{source}.*{message}")
-    assert_refused(lambda: convert(monkeypatch, pixart, folder), "source exists: delete it")
+        with pytest.raises(UserError, match=f"{source}.*{message}"):
+            convert(monkeypatch, source, tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------------------
-# sample.load_model and sample.py
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_saved_models_are_loaded_with_their_config(variant, tmp_path):
-    config = replace(TOY, variant=variant, space_scale=(0.5, 1.0), time_scale=1.5)
-    model = randomize(STDiT(config))
-    model.save_pretrained(tmp_path)
-    loaded = sample.load_model(tmp_path, time_scale=0.5)
-    assert loaded.config == replace(config, time_scale=0.5) and not loaded.training
-    assert_same(loaded.state_dict(), model.state_dict())
-    assert sample.load_model(tmp_path).config == config
-
-
+# ------------------------------------------------------------------ sample.load_model and sample.py
 def test_a_run_a_checkpoint_and_a_hub_name_are_loaded(toy, hub, tmp_path):
     options = {"steps": 2, "save_every": 1, "num_samples": 0, "batch_size": 4, "compile": False}
     train.train(train.TrainConfig(data=str(toy / "train"), out=str(tmp_path), **options))
     old, new = (tmp_path / f"checkpoints/step_{step:08d}" for step in (1, 2))
-    ema, raw = load_file(new / "model.safetensors"), torch.load(new / "training.pt")["model"]
-    assert any(not torch.equal(raw[name], ema[name]) for name in ema)
     for file in ("config.json", "model.safetensors"):
         shutil.copy(new / file, hub)
-    for source in (tmp_path, new, "acme/pixart"):
+    for source, folder in ((tmp_path, new), (old, old), ("acme/pixart", new)):
+        ema = load_file(folder / "model.safetensors")
         assert_same(sample.load_model(source).state_dict(), ema)
-    assert_same(sample.load_model(old).state_dict(), load_file(old / "model.safetensors"))
+    raw = torch.load(new / "training.pt")["model"]
+    assert any(not torch.equal(raw[name], ema[name]) for name in ema)
 
 
 def test_load_model_refuses_other_folders(hub, tmp_path):
@@ -312,41 +239,32 @@ def test_load_model_refuses_other_folders(hub, tmp_path):
     refused("acme/other is not a local folder, and could not be downloaded", "acme/other")
     refused("no config.json and model.safetensors; .* tools/convert_weights.py", "acme/pixart")
     STDiT(TOY).save_pretrained(tmp_path)
-    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    weights, content = load_file(file), file.read_bytes()
-    for tensors in (without("t_block.1.bias")(weights), weights | {"net.0": NULL}):
-        save_file(tensors, file)
-        refused("does not hold the weights of an STDiT: .*(t_block.1.bias|net.0)")
-    for damaged in (content[:-1000], b""):
-        file.write_bytes(damaged)
-        refused("does not hold the weights of an STDiT")
-    file.write_bytes(content)
-    for text in ("{", '{"_class_name": "PixArtTransformer2DModel"}', '{"variant": "net"}'):
-        config.write_text(text)
-        refused("does not hold the weights of an STDiT")
-    config.unlink()
-    refused("no config.json and model.safetensors")
+    file, message = tmp_path / "model.safetensors", "does not hold the weights of an STDiT"
+    save_file(load_file(file) | {"net.0": NULL}, file)
+    refused(f"{message}: .*net.0")
+    (tmp_path / "config.json").write_text('{"_class_name": "PixArtTransformer2DModel"}')
+    refused(f"{message}: .*_class_name")
 
 
 def test_sampling_from_released_weights(hub, tmp_path, monkeypatch, capsys):
     """As in the README: convert a Hub name, then sample with its encoders; T5 is freed by then."""
     models, generate, out = [], sample.generate, tmp_path / "samples"
 
-    class Watched(data.T5):
-        def encode(self, captions):
-            models.append(weakref.ref(self.model))
-            return super().encode(captions)
+    def load_t5(*args, **options):
+        t5 = T5(*args, **options)
+        models.append(weakref.ref(t5.model))
+        return t5
 
     def generate_without_t5(*args, **options):
         assert models.pop()() is None
         return generate(*args, **options)
 
     convert(monkeypatch, "acme/pixart", tmp_path / "w", "--size", 64, "--frames", 4)
-    monkeypatch.setattr(data, "T5", Watched)
+    T5 = data.T5
+    monkeypatch.setattr(data, "T5", load_t5)
     monkeypatch.setattr(sample, "generate", generate_without_t5)
     options = "--prompt", "a", "--steps", 2, "--space-scale", 0.25, "--out", out
     run(monkeypatch, sample.main, "--weights", tmp_path / "w", *options)
-    assert sorted(p.name for p in out.iterdir()) == ["00_a.gif", "00_a.mp4", "sheet.png"]
     assert data.read_frames(out / "00_a.mp4", 4).shape == (4, 3, 64, 64) and not models
     printed = capsys.readouterr().out
     assert "space_scale=0.25" in printed and "guidance 7\n" in printed
