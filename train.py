@@ -21,7 +21,6 @@ import signal
 import sys
 import sysconfig
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -76,11 +75,10 @@ class TrainConfig:
     width: int = 0  # width in pixels; 0: the height
     stride: int = 1  # source frames per frame
     # optimization
-    steps: int = 2000  # optimizer steps
+    steps: int = 4500  # optimizer steps
     batch_size: int = 16  # clips per step, over all processes
     micro_batch: int = 0  # clips per forward pass of a process, as memory allows; 0: no limit
-    optimizer: Literal["adamw", "muon"] = "muon"  # of the blocks' matrices; others: AdamW
-    lr: float = 4e-3  # peak learning rate; v1: 2e-5, from pretrained weights
+    lr: float = 4e-3  # peak learning rate of AdamW; v1: 2e-5, from pretrained weights
     warmup: int = 100  # steps of linear warm-up of the learning rate
     cosine: bool = True  # cosine decay of the learning rate to 0; v1: constant
     weight_decay: float = 0.0  # AdamW's weight decay
@@ -101,7 +99,7 @@ class TrainConfig:
     # output
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 500  # steps between validation losses
-    sample_every: int = 500  # steps between sample videos, always of the same captions and noise
+    sample_every: int = 1500  # steps between sample videos, always of the same captions and noise
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # number of newest checkpoints to keep
     num_samples: int = 6  # sample videos to write; 0: none are generated
@@ -124,7 +122,6 @@ V1 = TrainConfig(
     steps=80_000,
     batch_size=512,
     micro_batch=8,
-    optimizer="adamw",
     lr=2e-5,
     warmup=0,
     cosine=False,
@@ -335,52 +332,6 @@ def learning_rate(config, step):
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * decay
 
 
-def orthogonalize(x):
-    """Set the singular values of matrices [..., n, m] near 1, by a Newton-Schulz iteration."""
-    if x.shape[-2] > x.shape[-1]:
-        return orthogonalize(x.mT).mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon): orthogonalized momentum, scaled to the size
-    of AdamW's steps (arXiv 2502.16982, eq. 4). The toy needs half as many steps as with AdamW.
-    torch.optim.Muon takes one matrix at a time, in bf16: 16 times slower on a CPU.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        (group,), by_shape = self.param_groups, defaultdict(list)
-        for p in group["params"]:
-            by_shape[p.shape].append(p)
-        for shape, params in by_shape.items():
-            grads, states = [p.grad for p in params], [self.state[p] for p in params]
-            for p, state in zip(params, states):
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-            momenta = [state["momentum"] for state in states]
-            torch._foreach_lerp_(momenta, grads, 0.05)
-            updates = orthogonalize(torch.stack(grads).lerp(torch.stack(momenta), 0.95))
-            scale = 0.2 * max(shape) ** 0.5
-            torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * scale)
-
-
-def create_optimizers(config, model):
-    """[AdamW], or [AdamW, Muon], which takes the weights of the blocks' linear layers."""
-    c, matrices, others = config, [], []
-    for name, p in model.named_parameters():
-        muon = c.optimizer == "muon" and name.startswith("blocks.") and name.endswith("weight")
-        if p.requires_grad:
-            (matrices if muon else others).append(p)
-    options = {"betas": (0.9, c.beta2), "weight_decay": c.weight_decay, "fused": True}
-    adamw = torch.optim.AdamW(others, lr=c.lr, **options)
-    return [adamw, Muon(matrices, {"lr": c.lr})] if matrices else [adamw]
-
-
 def update_ema(config, step, ema, model):
     """ema = decay * ema + (1 - decay) * weights. After n steps the decay is (1 + n) / (10 + n), but
     at most ema_decay, so that the initial weights are soon forgotten.
@@ -548,7 +499,7 @@ def plot_losses(out):
 # position in the stream, which follows from the step.
 
 
-def save_checkpoint(config, step, model, ema, optimizers, cache):
+def save_checkpoint(config, step, model, ema, optimizer, cache):
     """Write out/checkpoints/step_N atomically; delete all but the newest keep_checkpoints."""
     c, (vae, t5) = config, cache.encoders
     folder = Path(c.out) / "checkpoints" / f"step_{step:08d}"
@@ -559,8 +510,7 @@ def save_checkpoint(config, step, model, ema, optimizers, cache):
     settings = size | {"vae": vae, "t5": t5, "output_fps": c.output_fps}
     settings |= {"guidance": c.guidance, "guidance_min_t": c.guidance_min_t}
     data.write_json(tmp / "sample.json", settings)
-    optimizers = [optimizer.state_dict() for optimizer in optimizers]
-    training = {"model": model.state_dict(), "optimizers": optimizers}
+    training = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(training, tmp / "training.pt")
     state = {"step": step, "config": asdict(c), "data": cache.settings}
     data.write_json(tmp / "state.json", state)
@@ -570,16 +520,15 @@ def save_checkpoint(config, step, model, ema, optimizers, cache):
         shutil.rmtree(tmp)
 
 
-def load_checkpoint(folder, model, ema, optimizers, data_settings):
+def load_checkpoint(folder, model, ema, optimizer, data_settings):
     """Load the state of a run -> its step."""
     state = json.loads((folder / "state.json").read_text())
     same = state["data"] == data_settings
     require(same, f"{folder} was trained on other data: resume with the same, or use --init")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
     model.load_state_dict(training["model"])
-    for optimizer, state_dict in zip(optimizers, training["optimizers"], strict=True):
-        groups = optimizer.state_dict()["param_groups"]  # of the options, which may be new
-        optimizer.load_state_dict(state_dict | {"param_groups": groups})
+    groups = optimizer.state_dict()["param_groups"]  # the options of this call, which may be new
+    optimizer.load_state_dict(training["optimizer"] | {"param_groups": groups})
     ema.load_state_dict(load_file(folder / "model.safetensors"))
     return state["step"]
 
@@ -600,7 +549,7 @@ def request_stop(number, frame):
 
 
 def create_model(config, device, data_settings):
-    """(model, EMA model, optimizers, step), with random weights, those of --init, or resumed."""
+    """(model, EMA model, optimizer, step), with random weights, those of --init, or resumed."""
     torch.manual_seed(config.seed)
     c, checkpoint = model_config(config), sample.newest_checkpoint(config.out)
     if config.init and not checkpoint:
@@ -613,9 +562,11 @@ def create_model(config, device, data_settings):
     for name, p in model.named_parameters():
         p.requires_grad_(config.trainable == "all" or "_temp" in name)
     ema = deepcopy(model).requires_grad_(False).eval()  # never wrapped or sharded
-    optimizers = create_optimizers(config, model)
-    step = load_checkpoint(checkpoint, model, ema, optimizers, data_settings) if checkpoint else 0
-    return model, ema, optimizers, step
+    trainable_params = [p for p in model.parameters() if p.requires_grad]
+    options = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(trainable_params, lr=config.lr, **options)
+    step = load_checkpoint(checkpoint, model, ema, optimizer, data_settings) if checkpoint else 0
+    return model, ema, optimizer, step
 
 
 def parallelize(model, config, distributed):
@@ -637,7 +588,7 @@ def parallelize(model, config, distributed):
 # The loop
 
 
-def train_step(config, step, model, ddp_model, ema, optimizers, stream, distributed):
+def train_step(config, step, model, ddp_model, ema, optimizer, stream, distributed):
     """One optimizer step -> (means of loss, MSE and VLB over this process's clips [3], gradient
     norm).
     """
@@ -653,14 +604,11 @@ def train_step(config, step, model, ddp_model, ema, optimizers, stream, distribu
     # DDP has averaged the gradients, so all processes see the same norm and take the same branch.
     params = [p for p in model.parameters() if p.requires_grad]
     grad_norm = clip_grad_norm_(params, c.grad_clip).item()  # waits for the GPU
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = learning_rate(c, step)
+    optimizer.param_groups[0]["lr"] = learning_rate(c, step)
     if math.isfinite(grad_norm):
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         update_ema(c, step, ema, model)
-    for optimizer in optimizers:  # keep gradients in DDP's buckets, without a second copy
-        optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad(set_to_none=False)  # keeps them in DDP's buckets, without a second copy
     return losses, grad_norm
 
 
@@ -670,7 +618,7 @@ def train(config, distributed=data.Distributed("cpu")):
     """
     c, d, begin = config, distributed, time.time()
     stream, validation = open_data(c, d)
-    model, ema, optimizers, start = create_model(c, d.device, stream.cache.settings)
+    model, ema, optimizer, start = create_model(c, d.device, stream.cache.settings)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     clips = f"{len(stream)} clips, {len(validation)} for validation"
     processes = f"{d.world_size} process(es) on {d.device}"
@@ -686,7 +634,7 @@ def train(config, distributed=data.Distributed("cpu")):
         # Save first: a process that has to stop may have little time.
         stop = data.all_reduce_sum(torch.tensor(len(stop_signals), device=d.device)).item()
         if d.rank == 0 and step > start and (stop or last or step % c.save_every == 0):
-            save_checkpoint(c, step, model, ema, optimizers, stream.cache)
+            save_checkpoint(c, step, model, ema, optimizer, stream.cache)
         if stop:
             saved = "no checkpoint" if step == 0 else f"continue with --resume --out {c.out}"
             print0(f"stopped after step {step}; {saved}")
@@ -704,7 +652,7 @@ def train(config, distributed=data.Distributed("cpu")):
             break
 
         clock = time.time()
-        losses, grad_norm = train_step(c, step, model, ddp_model, ema, optimizers, stream, d)
+        losses, grad_norm = train_step(c, step, model, ddp_model, ema, optimizer, stream, d)
         seconds, timed = seconds + time.time() - clock, timed + 1
         successive = 0 if math.isfinite(grad_norm) else successive + 1
         if successive:

@@ -47,9 +47,8 @@ def tensors_of(checkpoint):
     training = torch.load(checkpoint / "training.pt", weights_only=True)
     tensors = {f"ema.{n}": v for n, v in sample.load_model(checkpoint).state_dict().items()}
     tensors |= {f"model.{name}": v for name, v in training["model"].items()}
-    for k, optimizer in enumerate(training["optimizers"]):
-        for i, state in optimizer["state"].items():
-            tensors |= {f"optimizer.{k}.{i}.{name}": v for name, v in state.items()}
+    for i, state in training["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": v for name, v in state.items()}
     return tensors
 
 

@@ -47,9 +47,8 @@ def checkpoint_of(config):
     training = torch.load(folder / "training.pt", weights_only=True)
     tensors = {f"ema.{name}": v for name, v in load_file(folder / "model.safetensors").items()}
     tensors |= {f"model.{name}": v for name, v in training["model"].items()}
-    for k, optimizer in enumerate(training["optimizers"]):
-        for i, state in optimizer["state"].items():
-            tensors |= {f"optimizer.{k}.{i}.{name}": v for name, v in state.items()}
+    for i, state in training["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": v for name, v in state.items()}
     return tensors
 
 
@@ -166,25 +165,6 @@ def test_learning_rate_loss_weights_and_ema_follow_their_formulas():
         bias = ema.bias.clone()
         train.update_ema(config, step, ema, model)
         assert torch.allclose(ema.weight, expected, atol=1e-6) and torch.equal(ema.bias, bias)
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8)])
-def test_muon_steps_have_equal_singular_values_and_the_size_of_adamws(shape):
-    g = torch.Generator().manual_seed(0)
-    values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape, generator=g)))
-    assert values.min() > 0.6 and values.max() < 1.3
-    weights = [nn.Parameter(torch.randn(shape[1:], generator=g)) for _ in range(shape[0])]
-    muon, before = train.Muon(weights, {"lr": 0.01}), torch.stack(weights).detach().clone()
-    theirs = [nn.Parameter(w.detach().clone()) for w in weights]
-    options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
-    torchs = torch.optim.Muon(theirs, lr=0.01, **options)
-    for _ in range(3):
-        for w, v in zip(weights, theirs):
-            w.grad = v.grad = torch.randn(shape[1:], generator=g)
-        muon.step(), torchs.step()
-    steps, expected = torch.stack(weights) - before, torch.stack(theirs) - before
-    assert (steps - expected).norm() / expected.norm() < 0.02  # theirs is in bf16
-    assert 0.2 < steps.square().mean().sqrt() / 0.01 / 0.2 < 3  # root mean square 0.2 lr per step
 
 
 def test_a_network_overfits_four_clips(encoders, tmp_path, monkeypatch):
@@ -330,7 +310,7 @@ def test_temporal_training_changes_temporal_attention_alone(config, tmp_path):
         for kind in ("model", "ema"):
             same = {n for n in before if torch.equal(before[n], after[f"{kind}.{n}"])}
             assert before.keys() - same == trained
-    assert sum("exp_avg_sq" in n or "momentum" in n for n in after) == len(trained)
+    assert sum("exp_avg_sq" in n for n in after) == len(trained)
 
 
 @pytest.mark.parametrize("variant", stdit.VARIANTS)
