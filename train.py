@@ -580,8 +580,7 @@ def parallelize(model, config, distributed):
         return model
     # Blocks are compiled one by one, so DDP need not split graphs to reduce gradients early.
     torch._dynamo.config.optimize_ddp = False
-    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # they are constant
-    return DistributedDataParallel(model, **options)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 # ---------------------------------------------------------------------------------------------

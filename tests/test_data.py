@@ -127,6 +127,13 @@ def test_every_pair_of_words_is_seen_although_six_triples_are_not():
         assert len({(t[i], t[j]) for t in data.UNSEEN}) == 6  # no two share a pair
 
 
+def test_shapes_stay_in_view():
+    background, toy = torch.tensor(data.BACKGROUND).view(3, 1, 1), data.Toy("validation", 96)
+    for clip in toy:
+        strength = (clip.float() - background).norm(dim=1).sum((1, 2))  # [T], if no frame cuts it
+        assert strength.max() / strength.min() < 1.03  # antialiasing and rounding
+
+
 def test_the_detector_is_right_after_the_vae_and_at_chance_for_other_captions(toy, encoders):
     """96 cached clips: at least 95 right, with crisp frames, and the VAE reaches 33 dB."""
     cache, clips = data.LatentCache(toy / "validation"), data.Toy("validation", 96)

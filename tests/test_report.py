@@ -250,7 +250,7 @@ def test_T6_other_settings_follow_pixart_and_dit():
     for c in STAGES:
         assert (c.drop_caption, c.ema_decay, c.weight_decay, c.beta2) == (0.1, 0.9999, 0.0, 0.999)
         assert (c.t_std, c.min_snr, c.grad_clip) == (0, 0, 1.0)  # uniform timesteps, all weights 1
-        assert (c.optimizer, c.variant, c.guidance) == ("adamw", "sequential", 7)
+        assert (c.model, c.variant, c.guidance) == ("STDiT-XL/2", "sequential", 7)
     c = STAGES[0]
     u = train.draw(torch.rand, c, "drop", range(4000))
     dropped = (u < c.drop_caption).float().mean()

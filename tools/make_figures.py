@@ -188,7 +188,7 @@ def sampling_figure(model, vae, y, mask):
     columns, titles = [], []
     for i in reversed(range(20)):
         t = schedule.timesteps[i]
-        eps, v = sample.predict_noise(model, x, t, y, mask, guidance=3.0 if t >= 400 else 1.0)
+        eps, v = sample.predict_noise(model, x, t, y, mask, guidance=3.0 if t >= 600 else 1.0)
         x0_last, x0 = x0, sample.predict_x0(schedule, x, i, eps)
         if 20 - i in (1, 3, 5, 7, 9, 12, 16, 20):
             columns.append(torch.cat([decode(vae, x)[0, [0, 7]], decode(vae, x0)[0, [0, 7]]]))
@@ -200,7 +200,7 @@ def sampling_figure(model, vae, y, mask):
 
 def guidance_figure(model, vae, y, mask):
     """One caption and one noise with rising guidance."""
-    cases, inputs = ((0, 0), (1, 0), (3, 0), (3, 400), (7, 0)), (y, mask, KEY, (4, 8, 8, 8))
+    cases, inputs = ((0, 0), (1, 0), (3, 0), (3, 600), (7, 0)), (y, mask, KEY, (4, 8, 8, 8))
     options = {"steps": 20, "sampler": "dpm"}
     rows = [
         sample.generate(model, vae, *inputs, guidance=g, guidance_min_t=t, **options)[0]
@@ -212,7 +212,7 @@ def guidance_figure(model, vae, y, mask):
 
 def generate_toy(model, vae, t5, captions):
     """One video per caption, with the toy's settings: uint8 [n, T, 3, 64, 64]."""
-    options = {"steps": 20, "sampler": "dpm", "guidance": 3.0, "guidance_min_t": 400}
+    options = {"steps": 20, "sampler": "dpm", "guidance": 3.0, "guidance_min_t": 600}
     keys = sample.video_keys(0, captions)
     y, mask = t5.encode(captions)
     return torch.stack(sample.generate(model, vae, y, mask, keys, (4, 8, 8, 8), 32, **options))
@@ -230,7 +230,7 @@ def nearest_figure(model, vae, t5):
     for caption, other, e in zip(captions, found, error):
         print(f"{caption}: nearest is {other}, root mean squared difference {e:.0f} of 255")
     images = torch.cat([videos[:, [0, 7]], clips[rows][:, [0, 7]]], dim=1).transpose(0, 1)
-    titles = [caption[2:].replace(" moving", "\nmoving") for caption in captions]
+    titles = [caption[2:].replace(" moving ", " ").replace(" ", "\n") for caption in captions]
     labels = [f"{kind}\nframe {k}" for kind in ("generated", "nearest") for k in (0, 7)]
     write_rows("nearest.png", images, labels, titles)
 
