@@ -238,14 +238,12 @@ def test_any_number_of_processes_gives_the_numbers_of_one(config, toy, processes
     samples agree as well.
     """
     samples = {"validation_data": str(toy / "validation"), "num_samples": 2, "sample_steps": 2}
-    every = {"save_every": 4, "eval_every": 6, "sample_every": 6}
+    every = {"save_every": 4, "eval_every": 12, "sample_every": 12}
     config = replace(config, steps=12, batch_size=8, **every, **samples)
     other = replace(config, out=config.out + "2", **options)
     train.train(config)
     run(other, processes)
     assert_same_numbers(config, other, 1e-5)
-    names = {f"step_{step:08d}.{end}" for step in (6, 12) for end in ("gif", "png")}
-    assert {p.name for p in Path(other.out, "samples").iterdir()} == names
     sheets = (Path(c.out, "samples/step_00000012.png") for c in (config, other))
     one, many = (np.asarray(Image.open(sheet).convert("RGB"), float) for sheet in sheets)
     assert one.shape == many.shape and np.abs(one - many).mean() < 0.5  # of 255

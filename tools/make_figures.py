@@ -328,7 +328,8 @@ def block_figure():
         box(3.85, y, 1.3, operation, "#d8ead3")
         if gate:
             box(5.3, y, 0.92, *gate)
-    axis.text(3.75, 2.15, "caption y", ha="right", va="center", fontsize=8.5)
+    style = {"ha": "right", "va": "center", "fontsize": 8.5}
+    axis.text(3.75, 2.15, "caption y", bbox={"facecolor": "white", "edgecolor": "white"}, **style)
     axis.text(7.85, 3.62, "table of the block\n+ modulation(t)", ha="center", fontsize=9)
     for k, (name, color) in enumerate(zip(vectors, colors)):
         box(7.1, 3.3 - 0.42 * k, 1.5, name, color)
