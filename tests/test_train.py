@@ -241,9 +241,10 @@ def test_any_number_of_processes_gives_the_numbers_of_one(config, toy, processes
     every = {"save_every": 4, "eval_every": 12, "sample_every": 12}
     config = replace(config, steps=12, batch_size=8, **every, **samples)
     other = replace(config, out=config.out + "2", **options)
+    bound = 1e-4 if other.sp > 1 else 1e-5  # attention over frames in another order: fp32 rounding
     train.train(config)
     run(other, processes)
-    assert_same_numbers(config, other, 1e-5)
+    assert_same_numbers(config, other, bound)
     sheets = (Path(c.out, "samples/step_00000012.png") for c in (config, other))
     one, many = (np.asarray(Image.open(sheet).convert("RGB"), float) for sheet in sheets)
     assert one.shape == many.shape and np.abs(one - many).mean() < 0.5  # of 255
@@ -252,7 +253,7 @@ def test_any_number_of_processes_gives_the_numbers_of_one(config, toy, processes
             if int(folder.name[5:]) > last:
                 shutil.rmtree(folder)
         run(replace(other, resume=True, sp=1), count)
-        assert_same_numbers(config, other, 1e-5)
+        assert_same_numbers(config, other, bound)
 
 
 COMPILED = f"""
