@@ -216,8 +216,8 @@ SAMPLERS = {  # name: (its schedule, its step)
 # Training replaces 10% of the captions by the null caption, so one network predicts the noise with
 # and without a caption. Sampling extrapolates from the second to the first (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
-# where guidance 1 is the plain conditional prediction. It decides the content, at large t; at small
-# t it only distorts what is there, so it can be limited to an interval (arXiv 2404.07724).
+# where guidance 1 is the plain conditional prediction. At large t guidance decides the content; at
+# small t it only distorts what is there, so it can be limited to large t (arXiv 2404.07724).
 
 
 def predict_noise(model, x, t, y, mask, guidance, v1_guidance=False):

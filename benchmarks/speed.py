@@ -1,6 +1,6 @@
 """Speed and memory of training and sampling on this machine, with random weights and latents.
 
-    python benchmarks/speed.py                  # CPU: small sizes, 6 minutes; CUDA: v1's stages
+    python benchmarks/speed.py                  # CPU: small sizes, minutes; CUDA: v1's stages
     python benchmarks/speed.py --quick          # tiny sizes, seconds; writes nothing
     python benchmarks/speed.py --project        # calculate v1's stages on many GPUs
     MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/speed.py --step
@@ -419,6 +419,17 @@ def project(gpus=(8, 64, 512)):
             row["cache GB/s in all"] = c.batch_size * 2 * numbers / row["step s"] / 1e9
             figures[f"{stage}, {n} GPUs"] = row
     table("calculated, not measured; the all-reduce is not hidden", figures, [*row])
+    figures = {}
+    for stage, sp in product(("16x256x256", "16x512x512", "64x512x512", "16x256x256-24gb"), (1, 2)):
+        c, (_, T, H, W), row = PRESETS[stage], latent_shape(PRESETS[stage]), {}
+        for mode in ("none", "selective", "full"):
+            with torch.device("meta"):
+                model = make(train.model_config(c), mode)
+            for name, p in model.named_parameters():
+                p.requires_grad_(c.trainable == "all" or "_temp" in name)
+            row[mode] = predicted_memory(model, (4, T // sp, H, W), c.micro_batch, bf16=True)
+        figures[f"{stage}, micro-batch {c.micro_batch}, sp {sp}"] = row
+    table("predicted GB of a GPU, by activation checkpointing", figures, [*row])
 
 
 # ---------------------------------------------------------------------------------------------
