@@ -93,11 +93,11 @@ def write_json(path, content):
 
 def progress(items, label):
     """Iterate, on rank 0 with a tqdm bar or, without a terminal, a line every 15 seconds."""
-    options = {"disable": os.environ.get("RANK", "0") != "0"}
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
-        options |= {"mininterval": 15, "delay": 15, "bar_format": line}
-    return tqdm(items, desc=label, leave=False, **options)
+    options = dict(desc=label, leave=False, disable=os.environ.get("RANK", "0") != "0")
+    if sys.stderr.isatty():
+        return tqdm(items, **options)
+    line = "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
+    return tqdm(items, mininterval=15, delay=15, bar_format=line, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -286,8 +286,9 @@ class Clips:
         self.captions = [text for _, text in self.rows]
         listed = [(os.path.relpath(path, source), text) for path, text in self.rows]
         identity = hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
-        self.settings = {"clips": identity, "frames": frames, "stride": stride, "size": size}
-        self.settings |= {"width": width, "seed": seed}  # all that decides what is read
+        self.settings = dict(  # all that determines what is read
+            clips=identity, frames=frames, stride=stride, size=size, width=width, seed=seed
+        )
 
     def __len__(self):
         return len(self.rows)
@@ -386,7 +387,8 @@ class VAE:
         # low_cpu_mem_usage=True, the default, would need the package accelerate
         options = {"torch_dtype": self.dtype, "low_cpu_mem_usage": False}
         model = load_frozen(AutoencoderKL.from_pretrained, source, "vae", **options)
-        self.model = model.to(device).eval().requires_grad_(False)
+        model = model.to(device, memory_format=torch.channels_last)  # faster convolutions
+        self.model = model.eval().requires_grad_(False)
         self.source, self.device, self.micro_batch = source, device, micro_batch
         self.scale = model.config.scaling_factor  # makes the variance about 1; Stability's: 0.18215
         self.channels = model.config.latent_channels
@@ -416,11 +418,9 @@ class VAE:
 
     def check_size(self, frames, size, width, patch_size=(1, 1, 1)):
         """UserError unless the VAE and the patches divide a video of this size."""
-        pt, ph, pw = patch_size
-        units = {"frames": (frames, pt), "size": (size, ph * self.factor)}
-        for name, (value, unit) in (units | {"width": (width, pw * self.factor)}).items():
-            near = max(1, round(value / unit)) * unit
-            require(value == near, f"{name}={value} must be a multiple of {unit}; try {near}")
+        pt, h, w = patch_size[0], patch_size[1] * self.factor, patch_size[2] * self.factor
+        found = f"frames={frames} size={size} width={width}: expected multiples of {pt}, {h}, {w}"
+        require(frames % pt == size % h == width % w == 0, found)
 
 
 def to_uint8(video):
@@ -474,13 +474,15 @@ def fingerprint(vae, t5):
 # MB, 120 tokens of T5-XXL 0.98 MB. index.json is written last.
 
 
-def write_cache(clips, out, vae, t5, rank=0, world_size=1):
+def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
     """Encode Clips (or Toy) into the folder `out` -> LatentCache. Existing files are kept, so a
     call after an interruption continues; each process encodes every world_size-th clip.
     """
-    out, files = Path(out), [Path(out) / f"{row:06d}.safetensors" for row in range(len(clips))]
-    settings = clips.settings | {"encoder_hash": fingerprint(vae, t5)}
-    settings |= {"caption_length": t5.length, "caption_channels": t5.channels}
+    out, rank, world_size = Path(out), distributed.rank, distributed.world_size
+    files = [out / f"{row:06d}.safetensors" for row in range(len(clips))]
+    settings = clips.settings | dict(
+        encoder_hash=fingerprint(vae, t5), caption_length=t5.length, caption_channels=t5.channels
+    )
     if (out / "settings.json").exists():
         found = json.loads((out / "settings.json").read_text())
         other = f"{out} was made with {found}, not {settings}: delete it, or change --out"
@@ -498,8 +500,8 @@ def write_cache(clips, out, vae, t5, rank=0, world_size=1):
                 generator = keyed_generator(settings["seed"], "posterior", row)
                 latents = vae.encode(frames, generator)  # [C, T, h, w]
                 y, mask = t5.encode([clips.captions[row]])  # [1, L, E], [1, L]
-                tensors = {"latents": latents.half().cpu().contiguous()}
-                tensors["y"] = y[0, mask[0]].half().cpu()  # [tokens, E]
+                tensors = {"latents": latents, "y": y[0, mask[0]]}  # y [tokens, E]
+                tensors = {k: v.half().cpu().contiguous() for k, v in tensors.items()}
                 atomic_write(files[row], partial(save_file, tensors))
     barrier()
     if rank == 0:
@@ -540,16 +542,26 @@ class LatentCache:
 # video matches its caption. Six triples of words are never in the training set, although every pair
 # of words is: to generate them, a model must have learned the words separately.
 
-COLORS = {"red": (225, 50, 50), "green": (50, 190, 80), "blue": (70, 110, 250)}
-COLORS |= {"yellow": (245, 220, 60)}
+COLORS = {
+    "red": (225, 50, 50),
+    "green": (50, 190, 80),
+    "blue": (70, 110, 250),
+    "yellow": (245, 220, 60),
+}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y is down
 BACKGROUND = (28, 28, 36)
 INNER = math.sqrt(math.pi / (3 * math.sqrt(3)))  # inscribed radius of a triangle of area pi
 TRIPLES = [(c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS]
 # No two share a pair of words, so each pair occurs in training with another third word.
-UNSEEN = [("red", "circle", "left"), ("red", "triangle", "up"), ("green", "square", "right")]
-UNSEEN += [("blue", "circle", "down"), ("blue", "triangle", "left"), ("yellow", "square", "up")]
+UNSEEN = [
+    ("red", "circle", "left"),
+    ("red", "triangle", "up"),
+    ("green", "square", "right"),
+    ("blue", "circle", "down"),
+    ("blue", "triangle", "left"),
+    ("yellow", "square", "up"),
+]
 SEEN = [triple for triple in TRIPLES if triple not in UNSEEN]
 
 
@@ -674,8 +686,8 @@ class Toy:
         self.split, triples = split, SEEN if split == "train" else TRIPLES
         self.triples = [triples[i % len(triples)] for i in range(clips)]
         self.captions = [caption_of(triple) for triple in self.triples]
-        self.settings = {"clips": f"toy {split} {clips}", "frames": frames, "stride": 1}
-        self.settings |= {"size": size, "width": size, "seed": 0}
+        name = f"toy {split} {clips}"
+        self.settings = dict(clips=name, frames=frames, stride=1, size=size, width=size, seed=0)
 
     def __len__(self):
         return len(self.triples)
@@ -712,7 +724,7 @@ def main():
     vae = VAE(c.vae, d.device)
     vae.check_size(c.frames, c.size, width)
     t5 = T5(c.t5, c.caption_length, d.device)
-    write_cache(clips, c.out, vae, t5, d.rank, d.world_size)
+    write_cache(clips, c.out, vae, t5, d)
     print0(f"{time.time() - start:.0f} s")
 
 

@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import data
@@ -227,16 +226,15 @@ def predict_noise(model, x, t, y, mask, guidance, v1_guidance=False):
     is the conditional one. v1_guidance: guide 3 of the 4 channels, as v1 does (and DiT, which v1's
     code follows).
     """
-    x = x if guidance == 1 else torch.cat([x, x])
-    n = len(x)  # B or 2B
-    eps, v = model(x, t.expand(n), y[:n], mask[:n]).chunk(2, dim=1)  # [n, C, T, H, W] each
+    B = len(x)
     if guidance == 1:
-        return eps, v
+        return model(x, t.expand(B), y[:B], mask[:B]).chunk(2, dim=1)
+    eps, v = model(torch.cat([x, x]), t.expand(2 * B), y, mask).chunk(2, dim=1)
     eps_cond, eps_uncond = eps.chunk(2)  # 2 x [B, C, T, H, W]
     eps = eps_uncond + guidance * (eps_cond - eps_uncond)
     if v1_guidance:
         eps = torch.cat([eps[:, :3], eps_cond[:, 3:]], dim=1)
-    return eps, v.chunk(2)[0]
+    return eps, v[:B]
 
 
 @torch.no_grad()
@@ -334,19 +332,15 @@ def find_weights(source):
 
 def load_model(source, **changes):
     """The model of a run, folder or Hub name, in eval mode. changes: new values for fields of its
-    config, e.g. space_scale. UserError if a tensor is missing, left over, or of another shape.
+    config, e.g. space_scale. load_state_dict raises if a tensor is missing, left over, or of
+    another shape.
     """
     folder = find_weights(source)
-    try:
-        config = STDiTConfig(**json.loads((folder / "config.json").read_text()))
-        with torch.device("meta"):  # without memory and without initialization
-            model = STDiT(replace(config, **changes))
-        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-        model.float()
-    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} does not hold the weights of an STDiT: {reason}") from None
-    return model.eval()
+    config = STDiTConfig(**json.loads((folder / "config.json").read_text()))
+    with torch.device("meta"):  # without memory and without initialization
+        model = STDiT(replace(config, **changes))
+    model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    return model.float().eval()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -426,9 +420,9 @@ def main():
 
     print0(f"{c.weights}: {m}\n{c.frames} frames of {c.size}x{c.width}, guidance {c.guidance:g}")
     shape = (vae.channels, c.frames, c.size // vae.factor, c.width // vae.factor)
-    keys = video_keys(c.seed, prompts)
-    names = ("steps", "sampler", "guidance", "guidance_min_t", "v1_guidance")
-    options = {name: getattr(c, name) for name in names}
+    keys, options = video_keys(c.seed, prompts), dict(steps=c.steps, sampler=c.sampler)
+    options |= dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
+    options |= dict(v1_guidance=c.v1_guidance)
     videos = generate(model.to(d.device), vae, y, mask, keys, shape, c.batch_size, **options)
     if d.rank == 0:
         write_videos(c.out, c.prompt, videos, c.output_fps)

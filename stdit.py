@@ -250,10 +250,9 @@ def attend(attention, x, sequences):
 
 def temporal_attention(attention, x, group):
     """Attention across frames [B, T, S, D] -> the same; with a group, frames are gathered first."""
-    if group and torch.is_autocast_enabled(
-        x.device.type
-    ):  # send bf16; attention casts to it anyway
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    kind = x.device.type
+    if group and torch.is_autocast_enabled(kind):  # send bf16; attention casts to it anyway
+        x = x.to(torch.get_autocast_dtype(kind))
     x = all_to_all(x, gather_dim=1, scatter_dim=2, group=group)  # with a group: [B, T, S/n, D]
     x = attend(attention, x, "(b s) t d")
     return all_to_all(x, gather_dim=2, scatter_dim=1, group=group)
@@ -297,13 +296,11 @@ class STDiTBlock(nn.Module):
     def forward(self, *inputs):
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(*inputs)
-        options = {}
+        compute = partial(checkpoint, self.compute, use_reentrant=False, preserve_rng_state=False)
         if self.activation_checkpointing == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
-        # no random state is kept, since nothing here is random
-        return checkpoint(
-            self.compute, *inputs, use_reentrant=False, preserve_rng_state=False, **options
-        )
+            save = partial(create_selective_checkpoint_contexts, SAVED_OPS)
+            return compute(*inputs, context_fn=save)
+        return compute(*inputs)
 
     def compute(self, x, y, mask, modulation, temporal_pos, group=None):
         """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; modulation [B, 6, D]
@@ -483,11 +480,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         x = self.x_embedder(x) + spatial_pos_embed(h, w, c.hidden_size, c.space_scale, x.device)
         temporal_pos = temporal_pos_embed(T, c.hidden_size, c.time_scale, x.device)
         temporal_pos = split_frames(temporal_pos, group)  # [1, T, 1, D]
-        if T == 1 and c.variant in (
-            "full",
-            "latte",
-        ):  # these add it to the tokens themselves, so an
-            temporal_pos = 0.0  # image would differ from that of an image model
+        if T == 1 and c.variant in ("full", "latte"):  # these add it to the tokens themselves;
+            temporal_pos = 0.0  # without it, one frame passes through as in an image model
         t = self.t_embedder(t)  # [B, D]
         modulation = self.t_block(t).unflatten(1, (6, -1))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]

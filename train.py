@@ -26,7 +26,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from data import UserError, keyed_generator, print0, require
+from data import keyed_generator, print0, require
 from stdit import MODELS, VARIANTS, STDiT, drop_captions
 
 # ---------------------------------------------------------------------------------------------
@@ -67,8 +66,7 @@ class TrainConfig:
     time_scale: float = 0.0  # temporal position = index / scale; 0: that of the model
     trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: the new ones alone
     # data
-    data: str = "toy"  # latent cache, made by data.py; or toy
-    validation_data: str = ""  # latent cache; default: 1 in 20 clips of --data, at most 64
+    data: str = "toy"  # latent cache, made by data.py; or toy. 1 in 20 clips is for validation
     toy_clips: int = 2048  # training clips of the toy
     frames: int = 8  # frames of a clip
     size: int = 64  # height in pixels
@@ -84,10 +82,9 @@ class TrainConfig:
     weight_decay: float = 0.0  # AdamW's weight decay
     beta2: float = 0.99  # AdamW's second beta
     grad_clip: float = 1.0  # maximum norm of the gradient
-    max_nonfinite_steps: int = 10  # successive steps with a non-finite gradient that end the run
     ema_decay: float = 0.99  # exponential moving average of the weights; v1: 0.9999
     drop_caption: float = 0.1  # fraction of captions replaced by the null caption, for guidance
-    t_mean: float = 0.4  # timesteps are 1000 sigmoid(t_mean + t_std * normal) (arXiv 2403.03206)
+    t_mean: float = 0.4  # timesteps are 1000 sigmoid(t_mean + t_std * normal)
     t_std: float = 1.0  # 0: uniform timesteps, as in v1
     min_snr: float = 0.03  # loss weights min(1, min_snr / SNR) (arXiv 2303.09556); 0: none, as v1
     seed: int = 0  # random seed
@@ -103,7 +100,7 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # number of newest checkpoints to keep
     num_samples: int = 6  # sample videos to write; 0: none are generated
-    sample_steps: int = 20  # denoising steps of sample videos, with DPM-Solver++
+    sample_steps: int = 10  # denoising steps of sample videos; v1: 100
     guidance: float = 3.0  # classifier-free guidance of sample videos; v1's configs: 7
     guidance_min_t: int = 600  # guide only at timesteps from this one up; v1: 0
     output_fps: int = 8  # frames per second of sample videos
@@ -131,6 +128,7 @@ V1 = TrainConfig(
     min_snr=0.0,
     activation_checkpointing="full",
     log_every=10,
+    sample_steps=100,
     guidance=7.0,
     guidance_min_t=0,
 )
@@ -161,19 +159,23 @@ def parse_command_line(argv=None):
         stored = json.loads((checkpoint / "state.json").read_text())["config"]
         default = replace(TrainConfig(**stored), out=out)
     rank0 = os.environ.get("RANK", "0") == "0"
-    options = {"description": __doc__, "console_outputs": rank0}
-    config = tyro.cli(TrainConfig, args=argv, default=default, **options)
-    if checkpoint and not args.resume:
-        raise UserError(f"{out} holds a run: continue it with --resume, or give another --out")
+    config = tyro.cli(
+        TrainConfig, args=argv, default=default, description=__doc__, console_outputs=rank0
+    )
+    new = args.resume or checkpoint is None
+    require(new, f"{out} holds a run: continue it with --resume, or give another --out")
     return config
 
 
 def model_config(config):
     """The STDiTConfig of a run."""
     model, width = MODELS[config.model], config.width or config.size
-    space_scale = config.space_scale or math.sqrt(config.size * width) / 512
-    scales = {"space_scale": space_scale, "time_scale": config.time_scale or model.time_scale}
-    return replace(model, variant=config.variant, **scales)
+    return replace(
+        model,
+        variant=config.variant,
+        space_scale=config.space_scale or math.sqrt(config.size * width) / 512,
+        time_scale=config.time_scale or model.time_scale,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -191,10 +193,11 @@ def permutation(seed, n, epoch):
 
 
 def positions_of_step(config, step, distributed):
-    """The positions of a step's clips on this process: a range for each of its micro-batches."""
-    c, d = config, distributed
-    B = c.micro_batch or c.batch_size // d.dp_size
-    first, end = step * c.batch_size + d.dp_rank * B, (step + 1) * c.batch_size
+    """The positions of a step's samples on this process: a range for each of its micro-batches."""
+    d = distributed
+    B = config.micro_batch or config.batch_size // d.dp_size
+    first = step * config.batch_size + d.dp_rank * B
+    end = (step + 1) * config.batch_size
     return [range(i, i + B) for i in range(first, end, B * d.dp_size)]
 
 
@@ -227,66 +230,60 @@ def toy_caches(config, distributed):
     """Make the toy's caches next to the run's folder, or check those that exist -> their paths
     (training, validation).
     """
-    c, d, model, paths = config, distributed, MODELS[config.model], []
-    vae, t5 = data.VAE("assets/vae"), data.T5("assets/t5", model.caption_length)
+    c, d, model = config, distributed, MODELS[config.model]
+    vae = data.VAE("assets/vae")
     vae.check_size(c.frames, c.size, c.size, model.patch_size)
+    t5 = data.T5("assets/t5", model.caption_length)
+    paths = []
     for split, clips in (("train", c.toy_clips), ("validation", 2 * len(data.TRIPLES))):
-        paths.append(Path(c.out).parent / f"toy-{split}-{clips}x{c.frames}x{c.size}")
-        toy = data.Toy(split, clips, c.frames, c.size)
-        data.write_cache(toy, paths[-1], vae, t5, rank=d.rank, world_size=d.world_size)
+        path = Path(c.out).parent / f"toy-{split}-{clips}x{c.frames}x{c.size}"
+        data.write_cache(data.Toy(split, clips, c.frames, c.size), path, vae, t5, d)
+        paths.append(path)
     return paths
 
 
 def open_cache(path, config):
     """The LatentCache at `path`; UserError if it does not fit the config."""
-    found = (Path(path) / "index.json").is_file()
-    require(found, f"{path} is not a latent cache: make one with data.py, or use --data toy")
-    c, cache = config, data.LatentCache(path)
-    needed = {"frames": c.frames, "size": c.size, "width": c.width or c.size, "stride": c.stride}
-    m = MODELS[c.model]
-    needed |= {"caption_length": m.caption_length, "caption_channels": m.caption_channels}
-    for name, value in needed.items():
-        stored = cache.settings[name]
-        require(stored == value, f"the cache {path} has {name}={stored}, the run {name}={value}")
+    is_cache = (Path(path) / "index.json").is_file()
+    require(is_cache, f"{path} is not a latent cache: make one with data.py, or use --data toy")
+    cache, c, model = data.LatentCache(path), config, MODELS[config.model]
+    needed = dict(frames=c.frames, size=c.size, width=c.width or c.size, stride=c.stride)
+    needed |= dict(caption_length=model.caption_length, caption_channels=model.caption_channels)
+    found = {name: cache.settings[name] for name in needed}
+    require(found == needed, f"the cache {path} has {found}, the run needs {needed}")
     return cache
 
 
 def open_data(config, distributed):
     """(training Stream, validation Stream)."""
-    c, paths = config, [config.data, config.validation_data]
-    if c.data == "toy":
-        paths = toy_caches(c, distributed)
-    cache = open_cache(paths[0], c)
-    if paths[1]:
-        validation = open_cache(paths[1], c)
-        rows, validation_rows = range(len(cache)), range(len(validation))
-    else:  # hold out some clips; with fewer than 20, validate on the training clips
-        validation, order = cache, permutation(c.seed, len(cache), epoch=-1)
-        n = min(len(cache) // 20, 64)
-        rows, validation_rows = sorted(order[n:]), order[:n] or order
-    return Stream(cache, rows, c.seed), Stream(validation, validation_rows, c.seed)
+    if config.data == "toy":
+        caches = [open_cache(path, config) for path in toy_caches(config, distributed)]
+        return [Stream(cache, range(len(cache)), config.seed) for cache in caches]
+    cache = open_cache(config.data, config)
+    order = permutation(config.seed, len(cache), epoch=-1)
+    n = min(len(cache) // 20, 64)  # of fewer than 20 clips none is held out
+    rows = sorted(order[n:]), order[:n] or order
+    return [Stream(cache, part, config.seed) for part in rows]
 
 
 # ---------------------------------------------------------------------------------------------
 # Random draws, each keyed on the sample's position in the stream
 
 
-def draw_timesteps(config, positions):
-    """Timesteps t [B]. A low-discrepancy sequence (multiples of the golden ratio, modulo 1) spreads
-    those of successive positions evenly.
-    """
-    start = torch.rand(1, generator=keyed_generator(config.seed, "timesteps")).item()
-    u = [(start + p * 0.6180339887498949) % 1 for p in positions]  # in [0, 1)
-    if config.t_std > 0:
-        normal = [NormalDist().inv_cdf(max(v, 1e-9)) for v in u]
-        u = [1 / (1 + math.exp(-config.t_mean - config.t_std * n)) for n in normal]
-    return torch.tensor([min(int(1000 * v), 999) for v in u])
-
-
 def draw(random, config, purpose, keys, *shape):
     """One draw of random (torch.rand or torch.randn) per key -> [B, *shape]."""
     generators = [keyed_generator(config.seed, purpose, key) for key in keys]
     return torch.stack([random(shape, generator=g) for g in generators])
+
+
+def draw_timesteps(config, positions):
+    """Timesteps t [B], 0 to 999: logit-normal (arXiv 2403.03206), or uniform if t_std is 0."""
+    if config.t_std > 0:
+        normal = draw(torch.randn, config, "timestep", positions)  # [B]
+        u = torch.sigmoid(config.t_mean + config.t_std * normal)
+    else:
+        u = draw(torch.rand, config, "timestep", positions)
+    return (1000 * u).long().clamp(max=999)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -372,17 +369,16 @@ def validation_loss(config, model, stream, distributed):
     return [total / count for total in sums]
 
 
-def sample_captions(config, validation, repeats=(2, 8)):
-    """Captions of sample videos: of num_samples validation clips. On the toy all 48, the seen ones
-    repeats[0] times and the unseen ones repeats[1] times, starting with one of each unseen caption.
+def sample_rows(config, validation, last):
+    """Rows of the validation cache whose captions are sampled: the first num_samples. On the toy a
+    row of each of the 48 captions, unseen ones first; in the last step 2 videos of each seen
+    caption and 8 of each unseen one.
     """
     if config.data != "toy":
-        captions = [validation.cache.captions[row] for row in validation.rows]
-        return list(dict.fromkeys(captions))[: config.num_samples]
-    triples = []
-    for r in range(max(repeats)):
-        triples += (data.UNSEEN if r < repeats[1] else []) + (data.SEEN if r < repeats[0] else [])
-    return [data.caption_of(triple) for triple in triples]
+        return validation.rows[: config.num_samples]
+    unseen = [data.TRIPLES.index(triple) for triple in data.UNSEEN]
+    seen = [data.TRIPLES.index(triple) for triple in data.SEEN]
+    return 2 * (unseen + seen) + 6 * unseen if last else unseen + seen
 
 
 def evaluate_toy(captions, videos):
@@ -402,55 +398,33 @@ def evaluate_toy(captions, videos):
     return {"accuracy": accuracy, "crispness": means}
 
 
-def embed_captions(config, validation, device):
-    """(VAE, {caption of a sample video: (y [L, E], mask [L])}). T5 is freed on return."""
-    (vae, t5), length = validation.cache.encoders, MODELS[config.model].caption_length
-    captions = sample_captions(config, validation)
-    embeddings = zip(*data.T5(t5, length, device).encode(captions))
-    return data.VAE(vae, device), dict(zip(captions, embeddings))
-
-
-def write_samples(config, step, ema, vae, validation, embeddings):
+def write_samples(config, step, ema, vae, validation):
     """Generate sample videos, write the first num_samples as GIF and contact sheet -> their entry
     in metrics.jsonl.
     """
     from torchvision.utils import make_grid
 
-    captions = sample_captions(config, validation, (2, 8) if step == config.steps else (1, 1))
-    y, mask = (torch.stack(v) for v in zip(*(embeddings[caption] for caption in captions)))
-    h, w = config.size // vae.factor, (config.width or config.size) // vae.factor
-    shape = vae.channels, config.frames, h, w
+    rows = sample_rows(config, validation, step == config.steps)
+    captions = [validation.cache.captions[row] for row in rows]
+    x0, y, mask = default_collate([validation.cache[row] for row in rows])
     keys, batch_size = sample.video_keys(config.seed, captions), config.micro_batch or 32
-    options = {"guidance": config.guidance, "guidance_min_t": config.guidance_min_t}
-    options |= {"steps": config.sample_steps, "sampler": "dpm"}
-    videos = sample.generate(ema, vae, y, mask, keys, shape, batch_size, **options)
+    options = dict(guidance=config.guidance, guidance_min_t=config.guidance_min_t)
+    options |= dict(steps=config.sample_steps, sampler="ddpm")
+    videos = sample.generate(ema, vae, y, mask, keys, x0.shape[1:], batch_size, **options)
     shown = videos[: config.num_samples]
     grid = torch.stack([make_grid(frames, nrow=3) for frames in torch.stack(shown, dim=1)])
     path = Path(config.out) / "samples" / f"step_{step:08d}"
     data.write_gif(path.with_suffix(".gif"), grid, config.output_fps)
     data.write_sheet(path.with_suffix(".png"), shown, captions)
-    line = {"step": step, "samples": f"{path}.gif"}
-    if config.data == "toy":
-        line |= evaluate_toy(captions, videos)
-        for name, (matches, count) in line["accuracy"].items():
-            print0(f"step {step}  {matches} of {count} videos match {name} captions")
-    return line
+    found = evaluate_toy(captions, videos) if config.data == "toy" else {}
+    for name, (matches, count) in found.get("accuracy", {}).items():
+        print0(f"step {step}  {matches} of {count} videos match {name} captions")
+    return {"step": step, "samples": f"{path}.gif"} | found
 
 
 def read_metrics(out):
-    """The complete lines of a run's metrics.jsonl."""
-    path = Path(out) / "metrics.jsonl"
-    lines = path.read_text().splitlines(True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def rewind_metrics(out, start):
-    """Delete the lines that a run resumed at `start` writes again."""
-    # of step `start`, the line of the training step is kept; evaluation is repeated
-    lines = read_metrics(out)
-    lines = [m for m in lines if m["step"] < start or (m["step"] == start and "loss" in m)]
-    text = "".join(json.dumps(m) + "\n" for m in lines)
-    data.atomic_write(Path(out) / "metrics.jsonl", lambda tmp: tmp.write_text(text))
+    """The lines of a run's metrics.jsonl. A resumed run repeats those after its checkpoint."""
+    return [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
 
 
 def write_metrics(out, line):
@@ -460,17 +434,17 @@ def write_metrics(out, line):
         file.write(json.dumps(line) + "\n")
 
 
-def log_step(config, step, losses, grad_norm, skipped, clips_per_second, distributed):
+def log_step(config, step, losses, grad_norm, clips_per_second, distributed):
     """Average the losses of this step over processes, print them, write them to metrics.jsonl."""
     c, d = config, distributed
     loss, mse, vlb = (data.all_reduce_sum(losses) / d.world_size).tolist()
-    line = {"step": step, "loss": loss, "mse": mse, "vlb": vlb, "grad_norm": grad_norm}
-    line |= {"lr": learning_rate(c, step - 1), "clips_per_second": clips_per_second}
-    line |= {"skipped_steps": skipped}
+    minutes = (c.steps - step) * c.batch_size / clips_per_second / 60
+    speed = f"{clips_per_second:.1f} clips/s  about {minutes:.0f} min left"
+    print0(f"step {step} of {c.steps}  loss {loss:.4f}  {speed}")
+    line = dict(step=step, loss=loss, mse=mse, vlb=vlb, grad_norm=grad_norm)
+    line |= dict(lr=learning_rate(c, step - 1), clips_per_second=clips_per_second)
     if d.device.startswith("cuda"):
         line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    left = f"about {(c.steps - step) * c.batch_size / clips_per_second / 60:.0f} min left"
-    print0(f"step {step} of {c.steps}  loss {loss:.4f}  {clips_per_second:.1f} clips/s  {left}")
     if d.rank == 0:
         write_metrics(c.out, line)
 
@@ -502,22 +476,20 @@ def plot_losses(out):
 def save_checkpoint(config, step, model, ema, optimizer, cache):
     """Write out/checkpoints/step_N atomically; delete all but the newest keep_checkpoints."""
     c, (vae, t5) = config, cache.encoders
+    settings = dict(vae=vae, t5=t5, frames=c.frames, size=c.size, width=c.width or c.size)
+    guidance = dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
+    training = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    state = dict(step=step, config=asdict(c), data=cache.settings)
     folder = Path(c.out) / "checkpoints" / f"step_{step:08d}"
     tmp = folder.with_name("tmp")
     shutil.rmtree(tmp, ignore_errors=True)  # left by an interrupted save
     ema.save_pretrained(tmp)
-    size = {"frames": c.frames, "size": c.size, "width": c.width or c.size}
-    settings = size | {"vae": vae, "t5": t5, "output_fps": c.output_fps}
-    settings |= {"guidance": c.guidance, "guidance_min_t": c.guidance_min_t}
-    data.write_json(tmp / "sample.json", settings)
-    training = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    data.write_json(tmp / "sample.json", settings | guidance | dict(output_fps=c.output_fps))
     torch.save(training, tmp / "training.pt")
-    state = {"step": step, "config": asdict(c), "data": cache.settings}
     data.write_json(tmp / "state.json", state)
     os.replace(tmp, folder)
     for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:
-        os.replace(old, tmp)  # first: a half-deleted folder must not be taken for a checkpoint
-        shutil.rmtree(tmp)
+        shutil.rmtree(old)
 
 
 def load_checkpoint(folder, model, ema, optimizer, data_settings):
@@ -527,8 +499,7 @@ def load_checkpoint(folder, model, ema, optimizer, data_settings):
     require(same, f"{folder} was trained on other data: resume with the same, or use --init")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
     model.load_state_dict(training["model"])
-    groups = optimizer.state_dict()["param_groups"]  # the options of this call, which may be new
-    optimizer.load_state_dict(training["optimizer"] | {"param_groups": groups})
+    optimizer.load_state_dict(training["optimizer"])
     ema.load_state_dict(load_file(folder / "model.safetensors"))
     return state["step"]
 
@@ -536,35 +507,32 @@ def load_checkpoint(folder, model, ema, optimizer, data_settings):
 # ---------------------------------------------------------------------------------------------
 # Setup
 
-stop_signals = []  # those received
+stop_requested = False
 
 
 def request_stop(number, frame):
-    """Handler of SIGTERM and Ctrl-C: the run finishes its step, saves and stops. Ctrl-C after that
+    """Handler of SIGTERM and Ctrl-C: the run finishes its step, saves and stops. The next Ctrl-C
     stops it immediately.
     """
-    if number == signal.SIGINT and stop_signals:
-        raise KeyboardInterrupt
-    stop_signals.append(number)
+    global stop_requested
+    stop_requested = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def create_model(config, device, data_settings):
     """(model, EMA model, optimizer, step), with random weights, those of --init, or resumed."""
     torch.manual_seed(config.seed)
     c, checkpoint = model_config(config), sample.newest_checkpoint(config.out)
-    if config.init and not checkpoint:
-        scales = {"space_scale": c.space_scale, "time_scale": c.time_scale}
-        model = sample.load_model(config.init, **scales).train()
-        require(model.config == c, f"{config.init} holds {model.config}, the run needs {c}")
-    else:
-        model = STDiT(c)
+    new = config.init and not checkpoint
+    model = sample.load_model(config.init, **vars(c)).train() if new else STDiT(c)
     model.to(device)
     for name, p in model.named_parameters():
         p.requires_grad_(config.trainable == "all" or "_temp" in name)
     ema = deepcopy(model).requires_grad_(False).eval()  # never wrapped or sharded
     trainable_params = [p for p in model.parameters() if p.requires_grad]
-    options = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(trainable_params, lr=config.lr, **options)
+    optimizer = torch.optim.AdamW(
+        trainable_params, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
+    )
     step = load_checkpoint(checkpoint, model, ema, optimizer, data_settings) if checkpoint else 0
     return model, ema, optimizer, step
 
@@ -588,25 +556,28 @@ def parallelize(model, config, distributed):
 
 
 def train_step(config, step, model, ddp_model, ema, optimizer, stream, distributed):
-    """One optimizer step -> (means of loss, MSE and VLB over this process's clips [3], gradient
-    norm).
+    """One optimizer step, after `step` others -> (means of loss, MSE and VLB over this process's
+    samples [3], gradient norm).
     """
-    c, d, micro_batches = config, distributed, positions_of_step(config, step, distributed)
-    n, null, losses = len(micro_batches), model.y_embedder.y_embedding, 0
+    null, losses = model.y_embedder.y_embedding, 0
+    micro_batches = positions_of_step(config, step, distributed)
+    n = len(micro_batches)
     for k, positions in enumerate(micro_batches):
-        batch = stream.batch(positions, d.device)
+        batch = stream.batch(positions, distributed.device)
         accumulate = ddp_model is not model and k < n - 1  # DDP averages in the last backward pass
         with ddp_model.no_sync() if accumulate else nullcontext():
-            parts = training_loss(c, ddp_model, null, batch, positions)
+            parts = training_loss(config, ddp_model, null, batch, positions)  # [3]
             (parts[0] / n).backward()  # micro-batches are equal, so the mean of means is the mean
         losses += parts.detach() / n
     # DDP has averaged the gradients, so all processes see the same norm and take the same branch.
     params = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = clip_grad_norm_(params, c.grad_clip).item()  # waits for the GPU
-    optimizer.param_groups[0]["lr"] = learning_rate(c, step)
+    grad_norm = clip_grad_norm_(params, config.grad_clip).item()  # waits for the GPU
     if math.isfinite(grad_norm):
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         optimizer.step()
-        update_ema(c, step, ema, model)
+        update_ema(config, step, ema, model)
+    else:
+        print0(f"step {step + 1}: skipped, its gradient norm is {grad_norm}")
     optimizer.zero_grad(set_to_none=False)  # keeps them in DDP's buckets, without a second copy
     return losses, grad_norm
 
@@ -619,50 +590,51 @@ def train(config, distributed=data.Distributed("cpu")):
     stream, validation = open_data(c, d)
     model, ema, optimizer, start = create_model(c, d.device, stream.cache.settings)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    clips = f"{len(stream)} clips, {len(validation)} for validation"
-    processes = f"{d.world_size} process(es) on {d.device}"
-    print0(f"{c}\n{model.config}\n{trainable:,} trainable parameters; {clips}; {processes}")
+    print0(f"{c}\n{model.config}\n{trainable:,} trainable parameters")
+    print0(f"{len(stream)} clips, {len(validation)} for validation")
+    print0(f"{d.world_size} process(es) on {d.device}")
     ddp_model = parallelize(model, c, d)
-    if d.rank == 0:
-        rewind_metrics(c.out, start)
-    if d.rank == 0 and c.num_samples:
-        vae, embeddings = embed_captions(c, validation, d.device)
-    skipped = successive = timed = seconds = 0
-    for step in tqdm(range(start, c.steps + 1), disable=None if d.rank == 0 else True):
-        last = step == c.steps
+    vae = data.VAE(stream.cache.encoders[0], d.device) if d.rank == 0 and c.num_samples else None
+
+    if d.rank == 0 and start == 0:
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+        (Path(c.out) / "metrics.jsonl").write_text("")
+
+    step, timed_steps, seconds = start, 0, 0.0
+    bar = tqdm(total=c.steps, initial=start, disable=None if d.rank == 0 else True)
+
+    def due(every):
+        return step == c.steps or (step > 0 and step % every == 0)
+
+    while True:
         # Save first: a process that has to stop may have little time.
-        stop = data.all_reduce_sum(torch.tensor(len(stop_signals), device=d.device)).item()
-        if d.rank == 0 and step > start and (stop or last or step % c.save_every == 0):
+        stop = data.all_reduce_sum(torch.tensor(int(stop_requested), device=d.device)).item()
+        if d.rank == 0 and step > start and (stop or due(c.save_every)):
             save_checkpoint(c, step, model, ema, optimizer, stream.cache)
         if stop:
-            saved = "no checkpoint" if step == 0 else f"continue with --resume --out {c.out}"
+            saved = f"continue with --resume --out {c.out}" if step else "no checkpoint"
             print0(f"stopped after step {step}; {saved}")
             return
 
-        if step > 0 and (last or step % c.eval_every == 0):
+        if due(c.eval_every):
             losses = validation_loss(c, ema, validation, d)
             print0(f"step {step}  validation loss by t: {'  '.join(f'{v:.4f}' for v in losses)}")
             if d.rank == 0:
                 write_metrics(c.out, {"step": step, "validation": losses})
                 plot_losses(c.out)
-        if d.rank == 0 and c.num_samples and step > 0 and (last or step % c.sample_every == 0):
-            write_metrics(c.out, write_samples(c, step, ema, vae, validation, embeddings))
-        if last:
+        if vae and due(c.sample_every):
+            write_metrics(c.out, write_samples(c, step, ema, vae, validation))
+        if step == c.steps:
             break
 
         clock = time.time()
         losses, grad_norm = train_step(c, step, model, ddp_model, ema, optimizer, stream, d)
-        seconds, timed = seconds + time.time() - clock, timed + 1
-        successive = 0 if math.isfinite(grad_norm) else successive + 1
-        if successive:
-            skipped += 1
-            print0(f"step {step + 1}  gradient norm {grad_norm}: skipped, {successive} in a row")
-        if successive == c.max_nonfinite_steps:
-            raise UserError(f"{successive} non-finite gradients in a row: lower the learning rate")
-        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
-            rate = timed * c.batch_size / seconds
-            log_step(c, step + 1, losses, grad_norm, skipped, rate, d)
-            seconds = timed = 0
+        step, timed_steps, seconds = step + 1, timed_steps + 1, seconds + time.time() - clock
+        bar.update()
+        if due(c.log_every):
+            log_step(c, step, losses, grad_norm, timed_steps * c.batch_size / seconds, d)
+            timed_steps, seconds = 0, 0.0
+    bar.close()
     data.barrier()
     print0(f"{c.out}: checkpoints, metrics.jsonl, loss.png, samples; {time.time() - begin:.0f} s")
 
@@ -670,10 +642,9 @@ def train(config, distributed=data.Distributed("cpu")):
 def main():
     config = parse_command_line()
     distributed = data.init_distributed(config.device, config.sp)
-    size, unit = config.batch_size, distributed.dp_size * max(1, config.micro_batch)
-    near = math.ceil(size / unit) * unit
-    wrong = f"batch_size={size} must be a multiple of {unit}, processes / sp x micro_batch"
-    require(size == near, f"{wrong}; try {near}")
+    unit = distributed.dp_size * max(1, config.micro_batch)
+    wrong = f"batch_size={config.batch_size}: expected a multiple of {unit}"
+    require(config.batch_size % unit == 0, f"{wrong} (processes / sp x micro_batch)")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request_stop)
     train(config, distributed)

@@ -222,7 +222,7 @@ def test_two_processes_write_the_files_of_one(folder, encoders, tmp_path):
     torch.set_num_threads(1)  # as under torchrun, for the same bits
     data.write_cache(clips, one, *encoders)
     with pytest.raises(FileNotFoundError):  # rank 1 writes no index
-        data.write_cache(clips, shares, *encoders, rank=1, world_size=2)
+        data.write_cache(clips, shares, *encoders, data.Distributed("cpu", rank=1, world_size=2))
     assert contents(shares).keys() == {f"{row:06d}.safetensors" for row in range(1, 10, 2)}
     torch.set_num_threads(threads)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

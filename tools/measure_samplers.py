@@ -35,10 +35,9 @@ class MeasureConfig:
 
 
 def main():
-    c, captions = (
-        tyro.cli(MeasureConfig, description=__doc__),
-        train.sample_captions(train.PRESETS["toy"], None),
-    )
+    c = tyro.cli(MeasureConfig, description=__doc__)
+    rows = train.sample_rows(train.PRESETS["toy"], None, last=True)
+    captions = [data.caption_of(data.TRIPLES[row]) for row in rows]
     device, stored = data.init_distributed(c.device).device, resolve(SampleConfig(c.weights))
     model = load_model(c.weights).to(device)
     vae, t5 = data.VAE(stored.vae, device), data.T5(stored.t5, model.config.caption_length, device)
