@@ -178,7 +178,7 @@ class UnreadableClip(Exception):
 
 
 def read_table(source):
-    """A folder or a CSV -> list of (path, caption); the caption may be empty."""
+    """The list of (path, caption) of a folder or a CSV. A caption may be empty."""
     source, rows = Path(source), []
     require(source.exists(), f"{source} not found; give a folder of clips, or a CSV: path,text")
     if source.is_dir():
@@ -229,7 +229,7 @@ def frame_times(path):
 
 
 def decode(path, times, transform=lambda frame: frame):
-    """The frames at these presentation times -> uint8 [T, 3, H, W], RGB, rotated as the file says.
+    """The frames at these presentation times: uint8 [T, 3, H, W], RGB, rotated as the file says.
     transform is applied to each frame [3, H, W] when it is decoded, to hold few in full size.
     """
     found = {}
@@ -249,9 +249,9 @@ def decode(path, times, transform=lambda frame: frame):
 
 
 def read_frames(path, frames, stride=1, generator=None, transform=lambda frame: frame):
-    """A temporal crop of a clip -> uint8 [T, 3, H, W]: T = `frames` frames, `stride` source frames
-    apart. The generator draws the first one; without it, the crop is in the middle of the clip.
-    UnreadableClip if the clip is too short or cannot be decoded.
+    """Read a temporal crop of a clip: uint8 [T, 3, H, W], T = `frames` frames, `stride` source
+    frames apart. The generator draws the first one; without it, the crop is in the middle of the
+    clip. UnreadableClip if the clip is too short or cannot be decoded.
     """
     try:
         times = frame_times(path)
@@ -267,7 +267,7 @@ def read_frames(path, frames, stride=1, generator=None, transform=lambda frame: 
 
 def resize_and_center_crop(frames, height, width):
     """Crop the largest height : width rectangle from the center and resize it with antialiasing.
-    uint8 [..., 3, H, W] -> [..., 3, height, width].
+    frames uint8 [..., 3, H, W]; returns [..., 3, height, width].
     """
     H, W = frames.shape[-2:]
     scale = min(H / height, W / width)
@@ -277,7 +277,7 @@ def resize_and_center_crop(frames, height, width):
 
 
 class Clips:
-    """Clips read from their files. clips[row] -> uint8 [T, 3, size, width], or None and a warning
+    """Clips read from their files. clips[row] is uint8 [T, 3, size, width], or None and a warning
     if the clip is unreadable. The temporal crop is random, keyed on the seed and the row.
     """
 
@@ -310,7 +310,7 @@ class Clips:
 
 
 def write_video(path, frames, fps):
-    """uint8 [T, 3, H, W] -> an H.264 MP4."""
+    """Write frames, uint8 [T, 3, H, W], as an H.264 MP4."""
 
     def write(tmp):
         with av.open(str(tmp), "w", format="mp4") as container:
@@ -324,21 +324,21 @@ def write_video(path, frames, fps):
 
 
 def to_image(frame, height):
-    """uint8 [3, H, W] -> PIL image; a small one is enlarged by a whole factor to about height."""
+    """The PIL image of a frame, uint8 [3, H, W], enlarged by a whole factor to about `height`."""
     factor = max(1, round(height / frame.shape[-2]))
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def write_gif(path, video, fps):
-    """uint8 [T, 3, H, W] -> a looping GIF, at least about 256 pixels high."""
+    """Write a video, uint8 [T, 3, H, W], as a looping GIF, at least about 256 pixels high."""
     first, *rest = [to_image(frame, 256) for frame in video]
     options = {"save_all": True, "append_images": rest, "duration": round(1000 / fps), "loop": 0}
     atomic_write(path, lambda tmp: first.save(tmp, format="GIF", **options))
 
 
 def write_sheet(path, videos, captions):
-    """A PNG with a row per video, uint8 [T, 3, H, W]: its caption above up to 8 of its frames."""
+    """Write a PNG with a row per video, uint8 [T, 3, H, W]: its caption above up to 8 frames."""
     T = len(videos[0])
     shown = torch.linspace(0, T - 1, min(T, 8)).round().long()
     rows = [[to_image(frame, 128) for frame in video[shown]] for video in videos]
@@ -396,8 +396,8 @@ class VAE:
 
     @torch.no_grad()
     def encode(self, video, generator=None):
-        """uint8 [T, 3, H, W] -> latents [C, T, h, w], fp32: with a generator a sample of the VAE's
-        posterior, as in v1; without, its mean.
+        """Latents [C, T, h, w], fp32, of a video, uint8 [T, 3, H, W]: with a generator a sample of
+        the VAE's posterior, as in v1; without, its mean.
         """
         moments = []
         for frames in video.split(self.micro_batch):
@@ -411,7 +411,7 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, latents):
-        """[C, T, h, w] -> [T, 3, H, W] in [-1, 1], fp32, on the CPU."""
+        """The video [T, 3, H, W] in [-1, 1], fp32, on the CPU, of latents [C, T, h, w]."""
         frames = (latents / self.scale).transpose(0, 1).to(self.device, self.dtype)
         parts = [self.model.decode(part).sample for part in frames.split(self.micro_batch)]
         return torch.cat(parts).float().cpu().clamp(-1, 1)
@@ -424,7 +424,7 @@ class VAE:
 
 
 def to_uint8(video):
-    """[..., 3, H, W] in [-1, 1] -> uint8."""
+    """Convert a video in [-1, 1] to uint8."""
     return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -445,8 +445,8 @@ class T5:
 
     @torch.no_grad()
     def encode(self, captions):
-        """B strings -> embeddings [B, length, E], fp32, 0 at padding; mask [B, length], True at
-        real tokens. Longer captions are truncated.
+        """Embeddings [B, L, E] of B captions, fp32, 0 at padding, and mask [B, L], True at real
+        tokens. L is self.length; longer captions are truncated.
         """
         options = {"max_length": self.length, "padding": "max_length", "truncation": True}
         batch = self.tokenizer(list(captions), return_tensors="pt", **options).to(self.device)
@@ -475,8 +475,8 @@ def fingerprint(vae, t5):
 
 
 def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
-    """Encode Clips (or Toy) into the folder `out` -> LatentCache. Existing files are kept, so a
-    call after an interruption continues; each process encodes every world_size-th clip.
+    """Encode Clips (or Toy) into the folder `out` and return its LatentCache. Existing files are
+    kept, so a call after an interruption continues; each process encodes every world_size-th clip.
     """
     out, rank, world_size = Path(out), distributed.rank, distributed.world_size
     files = [out / f"{row:06d}.safetensors" for row in range(len(clips))]
@@ -515,7 +515,7 @@ def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
 
 
 class LatentCache:
-    """The samples of a cache. cache[i] -> (latents [C, T, h, w], y [L, E], mask [L])."""
+    """The samples of a cache. cache[i] is (latents [C, T, h, w], y [L, E], mask [L])."""
 
     def __init__(self, folder):
         index = json.loads((Path(folder) / "index.json").read_text())
@@ -566,7 +566,7 @@ SEEN = [triple for triple in TRIPLES if triple not in UNSEEN]
 
 
 def caption_of(triple):
-    """("red", "circle", "left") -> "a red circle moving left"."""
+    """The caption of a triple of words, such as "a red circle moving left"."""
     return "a {} {} moving {}".format(*triple)
 
 
@@ -615,7 +615,7 @@ def draw_clip(triple, generator, frames=8, size=64):
 
 
 def cover_of(video, color):
-    """How much of each pixel a color covers: [T, 3, H, W] in [0, 255] -> [T, H, W] in [0, 1]."""
+    """How much of each pixel a color covers, [T, H, W] in [0, 1]. video [T, 3, H, W], 0 to 255."""
     background = torch.tensor(BACKGROUND).view(3, 1, 1)
     value = torch.tensor(COLORS[color]).view(3, 1, 1) - background
     cover = ((video.float() - background) * value).sum(1) / value.square().sum()
@@ -624,7 +624,7 @@ def cover_of(video, color):
 
 def fit_shapes(cover):
     """For each frame alone, compare cover [T, H, W] with every shape, drawn at the center of mass
-    with the same area -> intersection over union [shapes, T], centers [T, 2], areas [T].
+    with the same area. Returns intersection over union [shapes, T], centers [T, 2], areas [T].
     """
     size = cover.shape[-1]
     pixel, area = torch.arange(size) + 0.5, cover.sum((1, 2)).clamp(min=1e-6)

@@ -97,7 +97,7 @@ def extract(table, t, x):
 
 
 def q_sample(schedule, x0, t, noise):
-    """Sample q(x_t | x_0) (DDPM, eq. 4). x0, noise [B, C, T, H, W]; t [B] -> x_t."""
+    """x_t, a sample of q(x_t | x_0) (DDPM, eq. 4). x0, noise [B, C, T, H, W]; t [B]."""
     return extract(schedule.alpha, t, x0) * x0 + extract(schedule.sigma, t, x0) * noise
 
 
@@ -167,7 +167,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 #
 # Arguments: x [B, C, T, H, W]; i, index into the schedule; x0, the predicted x_0, which is not
 # clipped, because latents have no bounds; eps, v, predicted noise and variance; noise, to be added;
-# x0_last, the x0 of the step before (None in the first) -> x, one step closer to x_0.
+# x0_last, the x0 of the step before, None in the first. A step returns x, one step closer to x_0.
 
 
 def ddpm_step(schedule, x, i, x0, eps, v, noise, x0_last=None):
@@ -250,8 +250,8 @@ def sample(
     sampler="ddpm",
     v1_guidance=False,
 ):
-    """Generate latents for B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W) of one video's
-    latents -> [B, C, T, H, W].
+    """Generate latents [B, C, T, H, W] for B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W)
+    of one video's latents.
 
     keys: for each video the key of its noise (data.keyed_generator). Beyond rounding, a video does
     not depend on the rest of its batch. v1's configs have 100 steps and guidance 7. guidance_min_t:
@@ -286,8 +286,8 @@ def video_keys(seed, prompts):
 
 
 def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
-    """Sample and decode: captions y [n, L, E], mask [n, L] -> n videos, uint8 [T, 3, H, W] in
-    pixels. batch_size: videos at a time. keys, shape, options: as for sample().
+    """Generate and decode n videos, a list of uint8 [T, 3, H, W] in pixels. y [n, L, E], mask
+    [n, L]. batch_size: videos at a time. keys, shape, options: as for sample().
     """
     videos, device = [], next(model.parameters()).device
     y, mask = y.to(device), mask.to(device)
@@ -316,7 +316,7 @@ CONVERT = "weights of Open-Sora, PixArt-alpha and Latte need tools/convert_weigh
 
 
 def find_weights(source):
-    """A run of train.py, a folder, or a Hub name -> the local folder that holds its weights."""
+    """The local folder that holds the weights of a run of train.py, a folder, or a Hub name."""
     folder = newest_checkpoint(source) or Path(source)
     files = ["config.json", "model.safetensors", "sample.json"]
     if not folder.is_dir():
@@ -372,7 +372,7 @@ class SampleConfig:
 
 
 def resolve(config):
-    """Fill fields that are None from sample.json of the weights -> SampleConfig."""
+    """The config with fields that are None filled from sample.json of its weights."""
     file = find_weights(config.weights) / "sample.json"
     require(file.is_file(), f"{file} is missing; train.py and tools/convert_weights.py write it")
     settings = json.loads(file.read_text())

@@ -114,7 +114,7 @@ def temporal_pos_embed(t, dim, scale, device):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention. [B, N, D] -> [B, N, D], N any number of tokens."""
+    """Multi-head self-attention among N tokens. x [B, N, D]; returns [B, N, D]."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -129,10 +129,12 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens attend to the caption. x [B, T, S, D], y [B, L, D], mask [B, L] (True: a real token)
-    -> [B, T, S, D]. Frames are folded into the batch, with the same keys and values for each: the
-    backward pass of fused attention runs in parallel over batch, heads and keys, and with one batch
-    entry per video the L keys alone are too few to fill a GPU.
+    """Tokens attend to the caption. x [B, T, S, D], y [B, L, D], mask [B, L], True at real tokens;
+    returns [B, T, S, D].
+
+    Frames are folded into the batch, with the same keys and values for each: the backward pass of
+    fused attention runs in parallel over batch, heads and keys, and with one batch entry per video
+    the L keys alone are too few to fill a GPU.
     """
 
     def __init__(self, dim, heads):
@@ -187,8 +189,8 @@ def modulate(x, shift, scale):
 
 
 def all_to_all(x, gather_dim, scatter_dim, group):
-    """Gather one dimension and scatter another. gather 1, scatter 2: [B, T/n, S, D] -> [B, T, S/n,
-    D]; gather 2, scatter 1: the reverse.
+    """Gather one dimension and scatter another. From [B, T/n, S, D], gather_dim=1 and scatter_dim=2
+    give [B, T, S/n, D]; gather_dim=2 and scatter_dim=1 undo it.
     """
     if group is None:
         return x
@@ -198,12 +200,12 @@ def all_to_all(x, gather_dim, scatter_dim, group):
 
 
 def split_frames(x, group):
-    """[B, T, ...] -> [B, T/n, ...], the frames of this process."""
+    """The frames of this process: [B, T/n, ...] of x [B, T, ...]."""
     return x if group is None else x.chunk(group.size(), 1)[group.rank()]
 
 
 def gather_frames(x, group):
-    """[B, T/n, ...] -> [B, T, ...] on every process.
+    """The frames of all processes, [B, T, ...], on each of them. x [B, T/n, ...].
 
     Each process then computes the same loss, so backward gives it n times the gradient from its
     frames. The mean over processes, which DDP takes, divides by n.
@@ -240,8 +242,9 @@ def gather_frames(x, group):
 
 
 def attend(attention, x, sequences):
-    """Attention over tokens [B, T, S, D] as sequences: "(b t) s d" within each frame, "(b s) t d"
-    across frames for each patch, "b (t s) d" over all tokens of a video. -> [B, T, S, D].
+    """Attention within sequences of the tokens x [B, T, S, D]: "(b t) s d" within each frame,
+    "(b s) t d" across frames for each patch, "b (t s) d" over all tokens of a video. Returns
+    [B, T, S, D].
     """
     _, t, s, _ = x.shape
     out = attention(rearrange(x, f"b t s d -> {sequences}"))
@@ -249,7 +252,7 @@ def attend(attention, x, sequences):
 
 
 def temporal_attention(attention, x, group):
-    """Attention across frames [B, T, S, D] -> the same; with a group, frames are gathered first."""
+    """Attention across frames. x [B, T, S, D], with a group T/n frames; returns the same shape."""
     kind = x.device.type
     if group and torch.is_autocast_enabled(kind):  # send bf16; attention casts to it anyway
         x = x.to(torch.get_autocast_dtype(kind))
@@ -304,8 +307,8 @@ class STDiTBlock(nn.Module):
 
     def compute(self, x, y, mask, modulation, temporal_pos, group=None):
         """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; modulation [B, 6, D]
-        from the timestep; temporal_pos [1, T, 1, D] in the first block, 0 in the others
-        -> [B, T, S, D]. With a group, x and temporal_pos are this process's frames.
+        from the timestep; temporal_pos [1, T, 1, D] in the first block, 0 in the others. Returns
+        [B, T, S, D]. With a group, x and temporal_pos are this process's frames.
         """
         m = self.scale_shift_table + modulation  # [B, 6, D]
         m = m[:, :, None, None].unbind(1)  # 6 x [B, 1, 1, D]
@@ -464,9 +467,10 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         """Predict noise and variance.
 
         x [B, C, T, H, W] noisy latents; t [B] timesteps, 0 to 999; y [B, L, E] T5 embeddings;
-        mask [B, L], True where a token is real, or None if all are -> [B, 2C, T, H, W]: C channels
-        of noise, C of variance (sample.py, log_variance). Positions are computed for the given
-        grid: any T, H, W that the patch divides. With sequence parallelism, T below is T/n.
+        mask [B, L], True where a token is real, or None if all are. Returns [B, 2C, T, H, W]: C
+        channels of noise, C of variance (sample.py, log_variance). Positions are computed for the
+        given grid: any T, H, W that the patch divides. With sequence parallelism, the tokens in the
+        comments below have T/n frames.
         """
         c = self.config
         pt, ph, pw = c.patch_size
@@ -495,8 +499,10 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
 
 
 def drop_captions(y, mask, drop, null):
-    """Replace captions by the null caption. y [B, L, E]; mask [B, L] bool; drop [B] bool; null [L,
-    E] (model.y_embedder.y_embedding) -> (y, mask). The null caption is not masked. v1 keeps the
-    mask of the replaced caption, so there "no caption" depends on that caption's length.
+    """Replace captions by the null caption. y [B, L, E]; mask [B, L] bool; drop [B] bool, which to
+    replace; null [L, E], model.y_embedder.y_embedding. Returns the new (y, mask).
+
+    The null caption is not masked. v1 keeps the mask of the replaced caption, so there "no caption"
+    depends on that caption's length.
     """
     return torch.where(drop[:, None, None], null, y), mask | drop[:, None]

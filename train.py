@@ -145,8 +145,8 @@ PRESETS = {
 
 
 def parse_command_line(argv=None):
-    """argv -> TrainConfig. --preset, --out and --resume are parsed first, because they determine
-    the defaults: those of the preset, or of the run to resume.
+    """The TrainConfig of a command line. --preset, --out and --resume are parsed first, because
+    they determine the defaults: those of the preset, or of the run to resume.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy")
@@ -211,7 +211,7 @@ class Stream:
         return len(self.rows)
 
     def batch(self, positions, device):
-        """The samples at these positions -> x0 [B, C, T, H, W], y [B, L, E], mask [B, L]."""
+        """The samples at these positions: x0 [B, C, T, H, W], y [B, L, E], mask [B, L]."""
         samples = []
         for position in positions:
             epoch, i = divmod(position, len(self.rows))
@@ -227,8 +227,8 @@ def to_device(tensor, device):
 
 
 def toy_caches(config, distributed):
-    """Make the toy's caches next to the run's folder, or check those that exist -> their paths
-    (training, validation).
+    """Make the toy's two caches next to the run's folder, or check those that exist. Returns their
+    paths, for training and validation.
     """
     c, d, model = config, distributed, MODELS[config.model]
     vae = data.VAE("assets/vae")
@@ -271,7 +271,7 @@ def open_data(config, distributed):
 
 
 def draw(random, config, purpose, keys, *shape):
-    """One draw of random (torch.rand or torch.randn) per key -> [B, *shape]."""
+    """[B, *shape]: one draw of random, torch.rand or torch.randn, per key."""
     generators = [keyed_generator(config.seed, purpose, key) for key in keys]
     return torch.stack([random(shape, generator=g) for g in generators])
 
@@ -291,8 +291,8 @@ def draw_timesteps(config, positions):
 
 
 def training_loss(config, model, null, batch, positions):
-    """The loss of a batch -> [3]: the loss to minimize, the mean MSE and the mean VLB. model:
-    wrapped in DDP if there are several processes. null [L, E]: its null caption.
+    """The loss of a batch, [3]: the loss to minimize, the mean MSE and the mean VLB. model: wrapped
+    in DDP if there are several processes. null [L, E]: its null caption.
     """
     x0, y, mask = batch  # [B, C, T, H, W], [B, L, E], [B, L]
     device = x0.device
@@ -399,8 +399,8 @@ def evaluate_toy(captions, videos):
 
 
 def write_samples(config, step, ema, vae, validation):
-    """Generate sample videos, write the first num_samples as GIF and contact sheet -> their entry
-    in metrics.jsonl.
+    """Generate sample videos and write the first num_samples as GIF and contact sheet. Returns
+    their line of metrics.jsonl.
     """
     from torchvision.utils import make_grid
 
@@ -493,7 +493,7 @@ def save_checkpoint(config, step, model, ema, optimizer, cache):
 
 
 def load_checkpoint(folder, model, ema, optimizer, data_settings):
-    """Load the state of a run -> its step."""
+    """Load the state of a run. Returns its step."""
     state = json.loads((folder / "state.json").read_text())
     same = state["data"] == data_settings
     require(same, f"{folder} was trained on other data: resume with the same, or use --init")
@@ -538,7 +538,7 @@ def create_model(config, device, data_settings):
 
 
 def parallelize(model, config, distributed):
-    """Set up checkpointing, compilation and parallelism -> the model to call in training."""
+    """Set up checkpointing, compilation and DDP. Returns the model to call in training."""
     model.sp_group = distributed.sp_group
     for block in model.blocks:
         block.activation_checkpointing = config.activation_checkpointing
@@ -556,8 +556,8 @@ def parallelize(model, config, distributed):
 
 
 def train_step(config, step, model, ddp_model, ema, optimizer, stream, distributed):
-    """One optimizer step, after `step` others -> (means of loss, MSE and VLB over this process's
-    samples [3], gradient norm).
+    """One optimizer step, after `step` others. Returns the means of loss, MSE and VLB over this
+    process's samples, [3], and the gradient norm.
     """
     null, losses = model.y_embedder.y_embedding, 0
     micro_batches = positions_of_step(config, step, distributed)
