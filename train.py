@@ -277,12 +277,15 @@ def draw(random, config, purpose, keys, *shape):
 
 
 def draw_timesteps(config, positions):
-    """Timesteps t [B], 0 to 999: logit-normal (arXiv 2403.03206), or uniform if t_std is 0."""
+    """Timesteps t [B], 0 to 999: logit-normal (arXiv 2403.03206), or uniform if t_std is 0.
+
+    They are stratified: multiples of the golden ratio, modulo 1, are spread evenly over any range
+    of positions, so the mean loss of a batch varies less from step to step.
+    """
+    start = torch.rand((), generator=keyed_generator(config.seed, "timesteps")).item()
+    u = torch.tensor([(start + p * 0.6180339887498949) % 1 for p in positions])  # [B]
     if config.t_std > 0:
-        normal = draw(torch.randn, config, "timestep", positions)  # [B]
-        u = torch.sigmoid(config.t_mean + config.t_std * normal)
-    else:
-        u = draw(torch.rand, config, "timestep", positions)
+        u = torch.sigmoid(config.t_mean + config.t_std * torch.special.ndtri(u))
     return (1000 * u).long().clamp(max=999)
 
 

@@ -255,8 +255,8 @@ def test_T6_other_settings_follow_pixart_and_dit():
     u = train.draw(torch.rand, c, "drop", range(4000))
     dropped = (u < c.drop_caption).float().mean()
     assert 0.085 < dropped < 0.115  # three standard deviations of 4000 draws
-    t = train.draw_timesteps(c, range(4000))
-    assert abs(t.float().mean() - 499.5) < 14 and t.min() < 3 and t.max() > 996
+    t = train.draw_timesteps(c, range(1000))
+    assert t.bincount(minlength=1000).max() <= 3 and t.min() < 3 and t.max() > 996
     assert STDiT(MODELS["toy"]).final_layer.linear.out_features == 4 * 2 * 4  # patch x (eps, v) x C
 
 
