@@ -3,13 +3,14 @@
     python data.py SOURCE --out DIR       encode all clips and captions once: the latent cache
 
 A SOURCE is a folder of videos and images, each with its caption in a .txt of the same name, or a
-CSV with the header "path,text" (paths relative to it). The frozen VAE turns frames into latents and
-the frozen T5 turns captions into embeddings; neither is trained, so a cache stores their outputs.
-diffusers and transformers are imported where they are used, since that takes seconds.
+CSV with the header "path,text" (paths relative to its folder). The frozen VAE turns frames into
+latents and the frozen T5 turns captions into embeddings; neither is trained, so a cache stores
+their outputs. diffusers and transformers are imported where they are used, since that takes
+seconds. Errors, seeded draws, files and processes, which the other scripts also need, come first.
 
 Shapes in this file:
-    B batch    T frames    H, W height and width in pixels    C latent channels (4)
-    h, w latent height and width (H / 8, W / 8)    L caption tokens    E caption channels
+    B batch    T frames    C latent channels (4)    L caption tokens    E caption channels
+    H, W height and width in pixels (in the other files of latents, here H/8 and W/8)
 """
 
 import csv
@@ -46,7 +47,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
-    """An error the user can correct; it says what was found, what was expected, what to do."""
+    """An error the user can correct: what was found, what was expected and what to do."""
 
 
 def require(ok, message):
@@ -60,8 +61,8 @@ def run_command(main):
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or dist.is_initialized():  # before that, all processes fail alike
-            print(f"error{f' [rank {rank}]' if rank != '0' else ''}: {error}", file=sys.stderr)
+        if rank == "0" or dist.is_initialized():  # before, all ranks fail with the same error
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():  # after a failure this could hang
         dist.destroy_process_group()
@@ -69,13 +70,13 @@ def run_command(main):
 
 def keyed_generator(*key):
     """A torch.Generator for one random draw, seeded by a key: the seed, the purpose of the draw,
-    and the sample's global index.
+    and the sample's position in the stream, or the row of a clip.
 
     So a draw does not depend on the rank or on the place in a batch, a resumed run repeats it, and
     checkpoints need no generator state.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits
 
 
 def atomic_write(path, write):
@@ -92,7 +93,7 @@ def write_json(path, content):
 
 
 def progress(items, label):
-    """Iterate, on rank 0 with a tqdm bar or, without a terminal, a line every 15 seconds."""
+    """Iterate with a progress bar on rank 0; without a terminal, a line every 15 seconds."""
     options = dict(desc=label, leave=False, disable=os.environ.get("RANK", "0") != "0")
     if sys.stderr.isatty():
         return tqdm(items, **options)
@@ -108,7 +109,7 @@ def progress(items, label):
 
 
 class Distributed(NamedTuple):
-    """Device, ranks and groups of this process. sp successive ranks share each video (sequence
+    """Device, ranks and groups of this process. sp consecutive ranks share each video (sequence
     parallelism); the dp_size = world_size / sp groups share the batch (data parallelism).
     """
 
@@ -158,7 +159,7 @@ def all_reduce_sum(tensor):
 
 
 def barrier():
-    """Wait for all processes."""
+    """Wait for all processes, on the CPU: gloo has the long timeout, NCCL would occupy the GPU."""
     all_reduce_sum(torch.zeros(1))
 
 
@@ -190,11 +191,12 @@ def read_table(source):
     else:
         with open(source, newline="", encoding="utf-8-sig", errors="replace") as file:
             reader = csv.DictReader(file)
-            header = f"{source} needs the header path,text; it has {reader.fieldnames}"
-            require({"path", "text"} <= set(reader.fieldnames or ()), header)
+            if not {"path", "text"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{source} needs the header path,text; it has {reader.fieldnames}")
             for row in reader:
-                commas = f"{source}, line {reader.line_num}: put a text with commas into quotes"
-                require(row["path"] and None not in row, commas)
+                if not row["path"] or None in row:
+                    line = f"{source}, line {reader.line_num}"
+                    raise UserError(f"{line}: no path, or a text with commas without quotes")
                 rows.append((source.parent / row["path"], row["text"] or ""))
     require(rows, f"{source} lists no clips")
     return [(path, clean_caption(text)) for path, text in rows]
@@ -207,7 +209,7 @@ def clean_caption(text):
 
 
 def open_video(path):
-    path = Path(path).absolute()  # FFmpeg takes a relative name with a colon for a protocol
+    path = Path(path).absolute()  # FFmpeg would parse a relative path with a colon as a URL
     return av.open(str(path), metadata_errors="replace")
 
 
@@ -229,8 +231,9 @@ def frame_times(path):
 
 
 def decode(path, times, transform=lambda frame: frame):
-    """The frames at these presentation times: uint8 [T, 3, H, W], RGB, rotated as the file says.
-    transform is applied to each frame [3, H, W] when it is decoded, to hold few in full size.
+    """The frames at these presentation times: uint8 [T, 3, H, W], RGB, rotated according to the
+    metadata. transform is applied to each frame [3, H, W] as soon as it is decoded, so that only
+    one is in memory in full size.
     """
     found = {}
     for start in (times[0], None):  # seek; if that went too far (AVI), decode from the beginning
@@ -255,12 +258,12 @@ def read_frames(path, frames, stride=1, generator=None, transform=lambda frame: 
     """
     try:
         times = frame_times(path)
-        room = len(times) - (frames - 1) * stride
-        if room < 1:
-            needed = (frames - 1) * stride + 1
-            raise UnreadableClip(f"{len(times)} frames; {frames} at stride {stride} need {needed}")
-        start = int(torch.randint(room, (1,), generator=generator)) if generator else room // 2
-        return decode(path, times[start:][: (frames - 1) * stride + 1 : stride], transform)
+        span = (frames - 1) * stride + 1
+        starts = len(times) - span + 1
+        if starts < 1:
+            raise UnreadableClip(f"{len(times)} frames; {frames} at stride {stride} need {span}")
+        start = int(torch.randint(starts, (1,), generator=generator)) if generator else starts // 2
+        return decode(path, times[start : start + span : stride], transform)
     except (av.FFmpegError, OSError, IndexError) as error:  # IndexError: a damaged .ts in PyAV
         raise UnreadableClip(f"{type(error).__name__}: {error}") from None
 
@@ -278,7 +281,8 @@ def resize_and_center_crop(frames, height, width):
 
 class Clips:
     """Clips read from their files. clips[row] is uint8 [T, 3, size, width], or None and a warning
-    if the clip is unreadable. The temporal crop is random, keyed on the seed and the row.
+    if the clip is unreadable. The temporal crop is random, but the same at every reading: it is
+    keyed on the seed and the row.
     """
 
     def __init__(self, source, frames, stride, size, width, seed):
@@ -286,7 +290,7 @@ class Clips:
         self.captions = [text for _, text in self.rows]
         listed = [(os.path.relpath(path, source), text) for path, text in self.rows]
         identity = hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
-        self.settings = dict(  # all that determines what is read
+        self.settings = dict(  # everything that determines the frames
             clips=identity, frames=frames, stride=stride, size=size, width=width, seed=seed
         )
 
@@ -303,6 +307,7 @@ class Clips:
             return read_frames(path, s["frames"], s["stride"], generator, transform)
         except UnreadableClip as error:
             print(f"warning: skipped {path}: {error}", file=sys.stderr, flush=True)
+            return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -324,14 +329,16 @@ def write_video(path, frames, fps):
 
 
 def to_image(frame, height):
-    """The PIL image of a frame, uint8 [3, H, W], enlarged by a whole factor to about `height`."""
+    """The PIL image of a frame, uint8 [3, H, W], enlarged to about `height` by an integer
+    factor.
+    """
     factor = max(1, round(height / frame.shape[-2]))
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def write_gif(path, video, fps):
-    """Write a video, uint8 [T, 3, H, W], as a looping GIF, at least about 256 pixels high."""
+    """Write a video, uint8 [T, 3, H, W], as a looping GIF; small ones are enlarged to about 256."""
     first, *rest = [to_image(frame, 256) for frame in video]
     options = {"save_all": True, "append_images": rest, "duration": round(1000 / fps), "loop": 0}
     atomic_write(path, lambda tmp: first.save(tmp, format="GIF", **options))
@@ -361,7 +368,9 @@ def write_sheet(path, videos, captions):
 
 
 def load_frozen(load, source, part, **options):
-    """from_pretrained of the subfolder `part` of a source, or of the source itself."""
+    """Call load, a from_pretrained, on the subfolder `part` of a source, or on the source
+    itself.
+    """
     # "assets/vae" works from any folder
     path = next((p for p in (Path(source), ROOT / source) if p.is_dir()), source)
     reasons = []
@@ -390,37 +399,41 @@ class VAE:
         model = model.to(device, memory_format=torch.channels_last)  # faster convolutions
         self.model = model.eval().requires_grad_(False)
         self.source, self.device, self.micro_batch = source, device, micro_batch
-        self.scale = model.config.scaling_factor  # makes the variance about 1; Stability's: 0.18215
+        self.scaling_factor = model.config.scaling_factor  # to a variance of about 1; 0.18215 in v1
         self.channels = model.config.latent_channels
         self.factor = 2 ** (len(model.config.block_out_channels) - 1)  # pixels per latent: 8
 
     @torch.no_grad()
     def encode(self, video, generator=None):
-        """Latents [C, T, h, w], fp32, of a video, uint8 [T, 3, H, W]: with a generator a sample of
-        the VAE's posterior, as in v1; without, its mean.
+        """Latents [C, T, H/8, W/8], fp32, of a video, uint8 [T, 3, H, W]: with a generator a sample
+        of the VAE's posterior, as in v1; without, its mean.
         """
-        moments = []
+        means, stds = [], []
         for frames in video.split(self.micro_batch):
             frames = (frames.to(self.device).float() / 127.5 - 1).to(self.dtype)
             posterior = self.model.encode(frames).latent_dist
-            moments.append(torch.stack([posterior.mean, posterior.std]).float())
-        mean, std = torch.cat(moments, 1).transpose(1, 2)  # [C, T, h, w] each
+            means.append(posterior.mean.float())
+            stds.append(posterior.std.float())
+        latents = torch.cat(means).transpose(0, 1)  # [C, T, H/8, W/8]
         if generator is not None:
-            mean = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
-        return mean * self.scale
+            std = torch.cat(stds).transpose(0, 1)
+            latents = latents + std * torch.randn(std.shape, generator=generator).to(std)
+        return latents * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents):
-        """The video [T, 3, H, W] in [-1, 1], fp32, on the CPU, of latents [C, T, h, w]."""
-        frames = (latents / self.scale).transpose(0, 1).to(self.device, self.dtype)
+        """The video [T, 3, H, W] in [-1, 1], fp32, on the CPU, of latents [C, T, H/8, W/8]."""
+        frames = (latents / self.scaling_factor).transpose(0, 1).to(self.device, self.dtype)
         parts = [self.model.decode(part).sample for part in frames.split(self.micro_batch)]
         return torch.cat(parts).float().cpu().clamp(-1, 1)
 
-    def check_size(self, frames, size, width, patch_size=(1, 1, 1)):
+    def check_size(self, frames, size, width, patch_size=(1, 2, 2)):
         """UserError unless the VAE and the patches divide a video of this size."""
-        pt, h, w = patch_size[0], patch_size[1] * self.factor, patch_size[2] * self.factor
-        found = f"frames={frames} size={size} width={width}: expected multiples of {pt}, {h}, {w}"
-        require(frames % pt == size % h == width % w == 0, found)
+        pt, ph, pw = patch_size
+        h, w = ph * self.factor, pw * self.factor
+        if frames % pt or size % h or width % w:
+            found = f"frames={frames} size={size} width={width}"
+            raise UserError(f"{found}: expected multiples of {pt}, {h}, {w}")
 
 
 def to_uint8(video):
@@ -456,8 +469,8 @@ class T5:
 
 
 def fingerprint(vae, t5):
-    """12 hex digits that tell encoders of different training apart: a hash of the first value of
-    each tensor, in bf16, so that it is the same for weights loaded in fp32 and in bf16.
+    """12 hex digits that identify the encoders' weights: a hash of the first value of each tensor,
+    in bf16, so that it is the same for weights loaded in fp32 and in bf16.
     """
     parameters = (*vae.model.parameters(), *t5.model.parameters())
     values = [p.flatten()[0].bfloat16().item() for p in parameters]
@@ -470,8 +483,8 @@ def fingerprint(vae, t5):
 # The encoders cost more than a training step of a small model. So they run once, and training
 # reads their outputs in every epoch: for each clip one safetensors file with the latents of one
 # temporal crop, sampled from the VAE's posterior, and the T5 embeddings without padding, in fp16,
-# which holds these values (what overflows are activations inside T5). 64x512x512 pixels take 2.1
-# MB, 120 tokens of T5-XXL 0.98 MB. index.json is written last.
+# which is enough for outputs (only activations inside T5 overflow). 64x512x512 pixels take 2.1 MB,
+# 120 tokens of T5-XXL 0.98 MB. index.json is written last: a cache that has it is complete.
 
 
 def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
@@ -485,20 +498,22 @@ def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
     )
     if (out / "settings.json").exists():
         found = json.loads((out / "settings.json").read_text())
-        other = f"{out} was made with {found}, not {settings}: delete it, or change --out"
-        require(found == settings, other)
+        if found != settings:
+            raise UserError(
+                f"{out} was made with {found}, not {settings}: delete it or change --out"
+            )
     elif rank == 0:
         write_json(out / "settings.json", settings)
 
     rows = [row for row in range(len(clips))[rank::world_size] if not files[row].exists()]
-    with ThreadPoolExecutor() as pool:  # FFmpeg releases Python's global lock
+    with ThreadPoolExecutor() as pool:  # FFmpeg releases the GIL
         for i in progress(range(0, len(rows), 16), f"encoding {out}, 16 clips at a time"):
             part = rows[i : i + 16]
             for row, frames in zip(part, pool.map(clips.__getitem__, part)):
                 if frames is None:
                     continue
                 generator = keyed_generator(settings["seed"], "posterior", row)
-                latents = vae.encode(frames, generator)  # [C, T, h, w]
+                latents = vae.encode(frames, generator)  # [C, T, H/8, W/8]
                 y, mask = t5.encode([clips.captions[row]])  # [1, L, E], [1, L]
                 tensors = {"latents": latents, "y": y[0, mask[0]]}  # y [tokens, E]
                 tensors = {k: v.half().cpu().contiguous() for k, v in tensors.items()}
@@ -515,7 +530,7 @@ def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
 
 
 class LatentCache:
-    """The samples of a cache. cache[i] is (latents [C, T, h, w], y [L, E], mask [L])."""
+    """The samples of a cache. cache[i] is (latents [C, T, H/8, W/8], y [L, E], mask [L])."""
 
     def __init__(self, folder):
         index = json.loads((Path(folder) / "index.json").read_text())
@@ -592,9 +607,9 @@ def coverage(shape, center, radius, size):
 def draw_clip(triple, generator, frames=8, size=64):
     """Draw a (color, shape, direction) of random size, position and speed: uint8 [T, 3, H, W].
 
-    The shape travels 0.28 to 0.38 of the frame and ends near the edge in its direction. This makes
-    the toy learnable in minutes: with evenly spread paths neither the direction word nor the frame
-    number alone would say anything about the position, only both together.
+    The shape moves by 28 to 38% of the frame and ends near the edge it moves to, so the direction
+    word alone already predicts where it is. With uniform positions a model would need direction and
+    frame number together, and learn much more slowly.
     """
     color, shape, direction = triple
     size_u, speed_u, *start_u = torch.rand(4, generator=generator)
@@ -602,9 +617,9 @@ def draw_clip(triple, generator, frames=8, size=64):
     heading = torch.tensor(DIRECTIONS[direction])  # [2]  x, y
     travel = heading * size * (0.28 + 0.10 * speed_u)  # [2]  from the first frame to the last
     reach = 2 * INNER * radius  # no shape extends further from its center
-    # [2]  where the center may be in the first frame so that the shape never leaves the frame
+    # [2]  the range of first centers for which the shape never leaves the frame
     low, high = reach - travel.clamp(max=0), size - reach - travel.clamp(min=0)
-    # uniform across the motion; along it, in the last 30% of the room in its direction
+    # u: uniform in the coordinate across the motion; along it, in the 30% of the range at the end
     u = torch.stack(start_u)
     u = torch.where(heading == 0, u, torch.where(heading < 0, 0.3 * u, 1 - 0.3 * u))
     center = low + (high - low) * u + travel * torch.linspace(0, 1, frames)[:, None]  # [T, 2]
@@ -623,8 +638,8 @@ def cover_of(video, color):
 
 
 def fit_shapes(cover):
-    """For each frame alone, compare cover [T, H, W] with every shape, drawn at the center of mass
-    with the same area. Returns intersection over union [shapes, T], centers [T, 2], areas [T].
+    """Compare the cover [T, H, W] of each frame with every shape, drawn at its center of mass and
+    with its area. Returns intersection over union [shapes, T], centers [T, 2], areas [T].
     """
     size = cover.shape[-1]
     pixel, area = torch.arange(size) + 0.5, cover.sum((1, 2)).clamp(min=1e-6)
@@ -639,7 +654,8 @@ def detect(video):
     """The triple that a toy clip shows, or None. video [T, 3, H, W], uint8 or float in [0, 255].
 
     Color from the strongest pixels, shape from the best overlap with a drawn shape, averaged over
-    frames, direction from a line fitted to the centers.
+    frames, direction from a line fitted to the centers. The thresholds were fixed on real clips and
+    on their VAE reconstructions.
     """
     T, _, _, size = video.shape
     offset = video.float() - torch.tensor(BACKGROUND).view(3, 1, 1)  # [T, 3, H, W]
@@ -655,19 +671,20 @@ def detect(video):
     if distance.min() > 80 or iou.max() < 0.6 or size_change.min() < 0.5 or size_change.max() > 2:
         return None  # another color or shape, or one that does not keep its size
 
-    frame = torch.linspace(-0.5, 0.5, T)[:, None]
-    velocity = (center * frame).sum(0) / frame.square().sum()  # [2]  least squares, pixels per clip
-    residual = (center - center.mean(0) - frame * velocity).norm(dim=1).mean()
+    time = torch.linspace(-0.5, 0.5, T)[:, None]
+    velocity = (center * time).sum(0) / time.square().sum()  # [2]  least squares, pixels per clip
+    residual = (center - center.mean(0) - time * velocity).norm(dim=1).mean()
     direction = max(DIRECTIONS, key=lambda d: velocity @ torch.tensor(DIRECTIONS[d]).float())
-    across = (velocity * torch.tensor(DIRECTIONS[direction][::-1])).norm()
+    across = (velocity * torch.tensor(DIRECTIONS[direction][::-1])).norm()  # the other coordinate
     if velocity.norm() < size / 8 or across > 0.4 * velocity.norm() or residual > size / 16:
         return None  # too slow, or not straight
     return color, SHAPES[iou.argmax()], direction
 
 
 def crispness(video, triple):
-    """How well single frames show a triple: (fraction of frames that, taken alone, have its shape;
-    mean overlap with it; flicker, the standard deviation of its color over frames, of 255).
+    """How well single frames show a triple. Returns the fraction of frames with its shape, the mean
+    intersection over union with it, and the flicker: the standard deviation of the color over
+    frames, on a scale of 255.
     """
     cover, shape = cover_of(video, triple[0]), SHAPES.index(triple[1])
     iou, _, _ = fit_shapes(cover)
@@ -686,7 +703,7 @@ class Toy:
         self.split, triples = split, SEEN if split == "train" else TRIPLES
         self.triples = [triples[i % len(triples)] for i in range(clips)]
         self.captions = [caption_of(triple) for triple in self.triples]
-        name = f"toy {split} {clips}"
+        name = f"toy {split} {clips}"  # the same settings as those of Clips
         self.settings = dict(clips=name, frames=frames, stride=1, size=size, width=size, seed=0)
 
     def __len__(self):
@@ -718,7 +735,7 @@ class CacheConfig:
 
 def main():
     start = time.time()
-    c = tyro.cli(CacheConfig, description=__doc__)
+    c = tyro.cli(CacheConfig, description=__doc__.split("\n\nShapes")[0])
     d, width = init_distributed(c.device), c.width or c.size
     clips = Clips(c.source, c.frames, c.stride, c.size, width, c.seed)
     vae = VAE(c.vae, d.device)

@@ -1,4 +1,4 @@
-"""The diffusion process: noise schedule, training loss, samplers, and the command that generates.
+"""The diffusion process: noise schedule, training loss, samplers, and the command to sample.
 
     python sample.py --weights out/toy --prompt "a red circle moving left"
 
@@ -14,6 +14,7 @@ Shapes in this file:
 import gc
 import json
 import math
+import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 
 import data
 from data import UserError, keyed_generator, print0, progress, require
-from stdit import STDiT, STDiTConfig, drop_captions
+from stdit import STDiT, STDiTConfig
 
 # ---------------------------------------------------------------------------------------------
 # Noise schedule
@@ -42,8 +43,8 @@ from stdit import STDiT, STDiTConfig, drop_captions
 
 class Schedule(NamedTuple):
     """Tables over N steps, in the order of increasing noise: index 0 is the last step of
-    sampling (t = 1 in the papers, which count from 1). float64 on the CPU; to(device) rounds each
-    table once to fp32.
+    sampling (t = 1 in the papers, which count from 1). float64 on the CPU; to(device) converts to
+    fp32. alpha and sigma are those of DPM-Solver; DDPM's alpha_t is 1 - beta_t.
     """
 
     timesteps: torch.Tensor  # [N]  timestep given to the network, 0 to 999
@@ -61,13 +62,13 @@ class Schedule(NamedTuple):
 
 
 def schedule_from_timesteps(timesteps):
-    """The schedule over a subset of the 1000 training timesteps: int64 [N], N >= 2, ascending."""
+    """The Schedule of a subset of the training timesteps: int64 [N], ascending, N >= 2."""
     betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)[timesteps]
     alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     betas = 1 - alphas_cumprod / alphas_cumprod_prev
     variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)  # beta-tilde
-    variance[0] = variance[1]  # instead of 0, whose logarithm is -inf, as in IDDPM
+    variance[0] = variance[1]  # the true value is 0, its logarithm -inf; IDDPM does the same
     return Schedule(
         timesteps=timesteps,
         alpha=alphas_cumprod.sqrt(),
@@ -102,7 +103,7 @@ def q_sample(schedule, x0, t, noise):
 
 
 def predict_x0(schedule, x_t, t, eps):
-    """The x_0 for which the noise eps leads to x_t: q_sample solved for x0."""
+    """x_0 from x_t and the predicted noise eps: q_sample solved for x0."""
     return (x_t - extract(schedule.sigma, t, x_t) * eps) / extract(schedule.alpha, t, x_t)
 
 
@@ -113,8 +114,9 @@ def posterior_mean(schedule, x0, x_t, t):
 
 
 def log_variance(schedule, v, t):
-    """The predicted log variance: v in [-1, 1] interpolates log beta-tilde and log beta (IDDPM,
-    eq. 15)."""
+    """The predicted log variance: v (not v-prediction; IDDPM's name) interpolates between log
+    beta-tilde at -1 and log beta at 1, and is not clipped (IDDPM, eq. 15).
+    """
     w = (v + 1) / 2
     lower = extract(schedule.posterior_log_variance, t, v)
     return w * extract(schedule.log_betas, t, v) + (1 - w) * lower
@@ -123,14 +125,15 @@ def log_variance(schedule, v, t):
 # ---------------------------------------------------------------------------------------------
 # Loss
 #
-# Mean squared error of the noise is a reweighted variational bound and gives better images than the
-# bound itself, but it does not train the variance. So the bound (VLB) is added for the variance
-# channels alone: the mean inside it is detached (IDDPM, section 3.1).
+# The mean squared error of the predicted noise is a reweighted variational bound and gives better
+# images than the bound itself, but it does not train the variance. So the bound (VLB) is added for
+# the variance channels alone: the mean inside it is detached (IDDPM, section 3.1).
 
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
-    """{"mse": error of the noise, "vlb": bound in bits per dimension}, [B] each. v1 trains on their
-    sum. (IDDPM weights the bound with 0.001 but sums over 1000 steps, which is the same.)
+    """{"mse": of the predicted noise, "vlb": the bound's term at t, in bits per dimension}, [B]
+    each. v1 trains on their sum. (IDDPM weights the bound with 0.001 but sums over 1000 steps,
+    which is the same.)
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
@@ -215,15 +218,26 @@ SAMPLERS = {  # name: (its schedule, its step)
 # Training replaces 10% of the captions by the null caption, so one network predicts the noise with
 # and without a caption. Sampling extrapolates from the second to the first (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
-# where guidance 1 is the plain conditional prediction. At large t guidance decides the content; at
-# small t it only distorts what is there, so it can be limited to large t (arXiv 2404.07724).
+# where guidance 1 is the plain conditional prediction. At small t guidance only distorts shapes and
+# colors, so it can be limited to large t. (arXiv 2404.07724 also leaves out the largest.)
+
+
+def drop_captions(y, mask, drop, null):
+    """Replace captions with the null caption, in training. y [B, L, E]; mask [B, L] bool; drop [B]
+    bool, True where the caption is replaced; null [L, E], model.y_embedder.y_embedding. Returns the
+    new (y, mask).
+
+    The null caption is not masked. v1 keeps the mask of the replaced caption, so there "no caption"
+    depends on that caption's length.
+    """
+    return torch.where(drop[:, None, None], null, y), mask | drop[:, None]
 
 
 def predict_noise(model, x, t, y, mask, guidance, v1_guidance=False):
     """Guided eps and v, [B, C, T, H, W] each, for x [B, C, T, H, W] at timestep t (scalar tensor).
 
-    y [2B, L, E], mask [2B, L]: B captions, then B null captions, which guidance 1 does not use. v
-    is the conditional one. v1_guidance: guide 3 of the 4 channels, as v1 does (and DiT, which v1's
+    y [2B, L, E], mask [2B, L]: B captions, then B null captions, which guidance 1 does not need. v
+    comes from the captions. v1_guidance: guide 3 of the 4 channels, as v1 does (and DiT, which v1's
     code follows).
     """
     B = len(x)
@@ -253,7 +267,7 @@ def sample(
     """Generate latents [B, C, T, H, W] for B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W)
     of one video's latents.
 
-    keys: for each video the key of its noise (data.keyed_generator). Beyond rounding, a video does
+    keys: for each video the key of its noise (data.keyed_generator). Up to rounding, a video does
     not depend on the rest of its batch. v1's configs have 100 steps and guidance 7. guidance_min_t:
     guide only at timesteps from this one up. v1_guidance reproduces v1: three guided channels, and
     a null caption with the padding mask of the prompt.
@@ -267,21 +281,21 @@ def sample(
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y)
 
     if guidance != 1:
-        drop = torch.ones(len(y), dtype=torch.bool, device=y.device)
-        null, null_mask = drop_captions(y, mask, drop, model.y_embedder.y_embedding)
-        null_mask = mask if v1_guidance else null_mask
+        null = model.y_embedder.y_embedding.expand_as(y)  # [B, L, E]
+        null_mask = mask if v1_guidance else torch.ones_like(mask)
         y, mask = torch.cat([y, null]), torch.cat([mask, null_mask])
     x, x0 = noise(), None
-    for i in progress(range(steps)[::-1], "sampling"):
+    for i in progress(range(steps - 1, -1, -1), "sampling"):
         g = guidance if timesteps[i] >= guidance_min_t else 1
         eps, v = predict_noise(model, x, schedule.timesteps[i], y, mask, g, v1_guidance)
-        x0_last, x0 = x0, predict_x0(schedule, x, i, eps)
+        x0_last = x0
+        x0 = predict_x0(schedule, x, i, eps)
         x = step(schedule, x, i, x0, eps, v, noise() if sampler == "ddpm" else None, x0_last)
     return x
 
 
 def video_keys(seed, prompts):
-    """The key of each video's noise: seed, prompt, and number of the same prompt before it."""
+    """The key of each video's noise: seed, prompt, and how often that prompt occurs before it."""
     return [(seed, "video", prompt, prompts[:i].count(prompt)) for i, prompt in enumerate(prompts)]
 
 
@@ -302,7 +316,7 @@ def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
 # Loading a model
 #
 # Weights are stored as a folder: config.json (STDiTConfig) and model.safetensors, written by
-# STDiT.save_pretrained, and sample.json, the other settings of sampling (vae, t5, frames, size,
+# STDiT.save_pretrained, and sample.json, the other sampling settings (vae, t5, frames, size,
 # width, output_fps, guidance, guidance_min_t). A checkpoint of train.py is such a folder, with the
 # EMA weights; tools/convert_weights.py makes one from released weights.
 
@@ -332,12 +346,12 @@ def find_weights(source):
 
 def load_model(source, **changes):
     """The model of a run, folder or Hub name, in eval mode. changes: new values for fields of its
-    config, e.g. space_scale. load_state_dict raises if a tensor is missing, left over, or of
-    another shape.
+    config, e.g. space_scale. load_state_dict raises if a tensor is missing, unexpected or of the
+    wrong shape.
     """
     folder = find_weights(source)
     config = STDiTConfig(**json.loads((folder / "config.json").read_text()))
-    with torch.device("meta"):  # without memory and without initialization
+    with torch.device("meta"):  # allocates and initializes nothing
         model = STDiT(replace(config, **changes))
     model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     return model.float().eval()
@@ -367,12 +381,11 @@ class SampleConfig:
     t5: str | None = None  # folder or Hub name of T5 encoder and tokenizer; None: as in training
     seed: int = 0  # random seed
     batch_size: int = 8  # videos at a time
-    sp: int = 1  # processes that share each video; must be all that torchrun starts
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
 
 
 def resolve(config):
-    """The config with fields that are None filled from sample.json of its weights."""
+    """Replace fields that are None by the values in sample.json of the weights."""
     file = find_weights(config.weights) / "sample.json"
     require(file.is_file(), f"{file} is missing; train.py and tools/convert_weights.py write it")
     settings = json.loads(file.read_text())
@@ -389,7 +402,7 @@ def write_videos(out, prompts, videos, fps):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         path = Path(out) / f"{i:02d}_{slug}"
         if len(video) == 1:
-            data.to_image(video[0], height=0).save(f"{path}.png")
+            data.to_image(video[0], height=1).save(f"{path}.png")  # not enlarged
             print(f"{path}.png")
         else:
             data.write_video(path.with_suffix(".mp4"), video, fps)
@@ -401,32 +414,35 @@ def write_videos(out, prompts, videos, fps):
 
 def main():
     start = time.time()
-    c = tyro.cli(SampleConfig, description=__doc__)
+    c = tyro.cli(SampleConfig, description=__doc__.split("\n\nShapes")[0])
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
-    SAMPLERS[c.sampler][0](c.steps)  # checks the number of steps before anything is loaded
+    make_sampler_schedule, _ = SAMPLERS[c.sampler]
+    make_sampler_schedule(c.steps)  # a bad number of steps fails here, before anything is loaded
     c = resolve(c)
-    d = data.init_distributed(c.device, c.sp)
-    require(d.dp_size == 1, f"give --sp {d.world_size}: all processes share each video")
+    d = data.init_distributed(c.device, sp=int(os.environ.get("WORLD_SIZE", 1)))  # share each video
 
     scales = {k: getattr(c, k) for k in ("space_scale", "time_scale") if getattr(c, k)}
     model = load_model(c.weights, **scales)
-    model.sp_group, m = d.sp_group, model.config
-    vae, t5 = data.VAE(c.vae, d.device), data.T5(c.t5, m.caption_length, d.device)
-    vae.check_size(c.frames, c.size, c.width, m.patch_size)
+    model.sp_group = d.sp_group
+    vae = data.VAE(c.vae, d.device)
+    vae.check_size(c.frames, c.size, c.width, model.config.patch_size)
+    t5 = data.T5(c.t5, model.config.caption_length, d.device)
     prompts = [data.clean_caption(prompt) for prompt in c.prompt]
     y, mask = t5.encode(prompts)
     del t5  # T5-XXL takes 9.5 GB in bf16
     gc.collect()
 
-    print0(f"{c.weights}: {m}\n{c.frames} frames of {c.size}x{c.width}, guidance {c.guidance:g}")
+    print0(f"{c.weights}: {model.config}")
+    print0(f"{c.frames} frames of {c.size}x{c.width}, guidance {c.guidance:g}")
     shape = (vae.channels, c.frames, c.size // vae.factor, c.width // vae.factor)
-    keys, options = video_keys(c.seed, prompts), dict(steps=c.steps, sampler=c.sampler)
-    options |= dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
-    options |= dict(v1_guidance=c.v1_guidance)
+    keys = video_keys(c.seed, prompts)
+    names = ("steps", "sampler", "guidance", "guidance_min_t", "v1_guidance")
+    options = {name: getattr(c, name) for name in names}
     videos = generate(model.to(d.device), vae, y, mask, keys, shape, c.batch_size, **options)
     if d.rank == 0:
         write_videos(c.out, c.prompt, videos, c.output_fps)
-    print0(f"{c.steps} steps of {c.sampler}: {time.time() - start:.1f} s on {d.device}")
+    total = f"{time.time() - start:.1f} s with loading"
+    print0(f"{c.steps} steps of {c.sampler} on {d.device}: {total}")
 
 
 if __name__ == "__main__":

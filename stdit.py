@@ -1,9 +1,9 @@
 """STDiT, the spatial-temporal diffusion transformer of Open-Sora v1: the network alone.
 
-Input: noisy video latents, a timestep, T5 embeddings of the caption. Output: the predicted noise,
-and in the second half of the channels the variance of the reverse step. The diffusion process is in
-sample.py. Module names are those of the released weights. "v1" is Open-Sora v1, "the report" its
-technical report.
+Input: noisy video latents, a timestep, T5 embeddings of the caption. Output: 2C channels, the
+predicted noise followed by v, from which the variance of the reverse step is computed. The
+diffusion process is in sample.py. Module names are those of the released weights. "v1" is Open-Sora
+v1, "the report" its technical report.
 
 Shapes in this file:
     B batch    C latent channels (4)    H, W latent height and width
@@ -74,24 +74,22 @@ MODELS["toy-2x2x2"] = replace(MODELS["toy"], patch_size=(2, 2, 2), time_scale=0.
 #
 # Attention does not depend on the order of its tokens, so positions are added, as vectors of sines
 # and cosines. A position is index / scale: at scale 0.5 a 16x16 grid covers the positions of a
-# 32x32 grid, so a model trained on one size starts well on another. Positions are computed in
+# 32x32 grid, so a model trained at one size can be fine-tuned at another. Positions are computed in
 # float64 and rounded once to fp32. Timesteps stay in fp32: in bf16 only 507 of 1000 are distinct.
 
 
 def get_1d_sincos_pos_embed(length, dim, scale):
-    """Embeddings of positions 0, 1/scale, ... (length - 1)/scale: float64 [length, dim], sin
-    before cos.
-    """
+    """float64 [length, dim]: sines, then cosines, of the positions index / scale."""
     position = torch.arange(length, dtype=torch.float64) / scale
     frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = position[:, None] * frequency  # [length, dim/2]
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-@lru_cache(maxsize=32)  # a run uses few grids, thousands of times
+@lru_cache(maxsize=32)  # every step uses the same few grids
 def spatial_pos_embed(h, w, dim, scale, device):
-    """fp32 [S, D], row-major in (h, w). The first half of the channels encodes x, the second y.
-    scale: a number, or one each for h and w.
+    """fp32 [S, D], row-major in (h, w). The first half of the channels encodes x (the column), the
+    second y (the row). scale: a number or a pair (scale_h, scale_w).
     """
     scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
     x = get_1d_sincos_pos_embed(w, dim // 2, scale_w).expand(h, -1, -1)  # [h, w, D/2]
@@ -132,9 +130,9 @@ class CrossAttention(nn.Module):
     """Tokens attend to the caption. x [B, T, S, D], y [B, L, D], mask [B, L], True at real tokens;
     returns [B, T, S, D].
 
-    Frames are folded into the batch, with the same keys and values for each: the backward pass of
-    fused attention runs in parallel over batch, heads and keys, and with one batch entry per video
-    the L keys alone are too few to fill a GPU.
+    Frames are folded into the batch, and the caption's keys are repeated for each frame. The
+    backward pass of fused attention is parallel over batch, heads and keys; the L keys of one video
+    alone would not fill a GPU.
     """
 
     def __init__(self, dim, heads):
@@ -180,12 +178,12 @@ def modulate(x, shift, scale):
 # ---------------------------------------------------------------------------------------------
 # Sequence parallelism
 #
-# The activations of 65,536 tokens (64x512x512 pixels) can exceed one GPU. With sequence parallelism
-# the n processes of a group share a video, each holding T/n frames. Only temporal attention needs
-# all frames: an all-to-all before it gathers frames and scatters patches, and a second one undoes
-# this (Dynamic Sequence Parallelism, arXiv 2403.10266). Each process sends (n-1)/n of its tokens
-# twice; splitting heads (Ulysses) would send q, k, v and the output. n must divide T and S. Without
-# a group (None), the three functions return x.
+# The activations of 65,536 tokens (64x512x512 pixels) may not fit on one GPU. In sequence
+# parallelism the n processes of a group share a video, each holding T/n frames. Only temporal
+# attention needs all frames: an all-to-all before it gathers frames and scatters patches, and a
+# second one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266). Each process sends
+# (n-1)/n of its tokens twice; splitting heads (Ulysses) would send q, k, v and the output. n must
+# divide T and S. Without a group (None), the three functions return x.
 
 
 def all_to_all(x, gather_dim, scatter_dim, group):
@@ -195,7 +193,7 @@ def all_to_all(x, gather_dim, scatter_dim, group):
     if group is None:
         return x
     parts = torch.stack(x.chunk(group.size(), scatter_dim))  # [n, B, ...]
-    parts = all_to_all_single_autograd(parts, None, None, group)  # parts[i] to process i
+    parts = all_to_all_single_autograd(parts, None, None, group)  # sends parts[i] to process i
     return torch.cat(parts.unbind(), gather_dim)
 
 
@@ -207,8 +205,9 @@ def split_frames(x, group):
 def gather_frames(x, group):
     """The frames of all processes, [B, T, ...], on each of them. x [B, T/n, ...].
 
-    Each process then computes the same loss, so backward gives it n times the gradient from its
-    frames. The mean over processes, which DDP takes, divides by n.
+    Every process computes the same loss, so the gradients that reach the frames of a process are a
+    sum of n equal ones. DDP averages over all processes, which divides by n again. (An all-to-all
+    of copies is an all-gather; torch's all-gather with gradients has another name in each version.)
     """
     if group is None:
         return x
@@ -221,10 +220,10 @@ def gather_frames(x, group):
 # The block
 #
 # Full attention over the T*S tokens of a video costs (T*S)^2. STDiT attends within each frame (S^2)
-# and then, for each patch, across frames (T^2), so any two tokens are connected by two steps. The
-# rest is PixArt-alpha's block: shift, scale and gate from the timestep (one shared MLP plus a table
-# per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to the caption, MLP.
-# The output projection of the temporal attention starts at zero, so a model that starts from
+# and then, for each patch, across frames (T^2): information still passes between any two tokens.
+# The rest is PixArt-alpha's block: shift, scale and gate from the timestep (one shared MLP plus a
+# table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to the caption,
+# MLP. The output projection of the temporal attention starts at zero, so a model that starts from
 # PixArt-alpha first generates T independent PixArt images.
 #
 # To match the released weights, temporal attention has no norm, no shift and scale, and shares the
@@ -241,14 +240,14 @@ def gather_frames(x, group):
 # attention (sequential, parallel) or to the tokens themselves (full, latte).
 
 
-def attend(attention, x, sequences):
-    """Attention within sequences of the tokens x [B, T, S, D]: "(b t) s d" within each frame,
-    "(b s) t d" across frames for each patch, "b (t s) d" over all tokens of a video. Returns
-    [B, T, S, D].
+def attend(attention, x, pattern):
+    """Attention within sequences of the tokens x [B, T, S, D]. The pattern "(b t) s d" makes a
+    sequence of each frame, "(b s) t d" of each patch across frames, "b (t s) d" of a whole video.
+    Returns [B, T, S, D].
     """
     _, t, s, _ = x.shape
-    out = attention(rearrange(x, f"b t s d -> {sequences}"))
-    return rearrange(out, f"{sequences} -> b t s d", t=t, s=s)
+    out = attention(rearrange(x, f"b t s d -> {pattern}"))
+    return rearrange(out, f"{pattern} -> b t s d", t=t, s=s)
 
 
 def temporal_attention(attention, x, group):
@@ -276,8 +275,8 @@ SAVED_OPS = [
 class STDiTBlock(nn.Module):
     """One block. activation_checkpointing says what is kept for the backward pass: "none": all
     activations; "full": the block's inputs, and the block is recomputed; "selective": also the
-    outputs of SAVED_OPS, 18 D numbers per token, so only norms and elementwise operations are
-    recomputed.
+    outputs of SAVED_OPS (18 D numbers per token if sequential or parallel), so only norms and
+    elementwise operations are recomputed.
     """
 
     def __init__(self, config):
@@ -299,11 +298,10 @@ class STDiTBlock(nn.Module):
     def forward(self, *inputs):
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(*inputs)
-        compute = partial(checkpoint, self.compute, use_reentrant=False, preserve_rng_state=False)
+        options = dict(use_reentrant=False, preserve_rng_state=False)
         if self.activation_checkpointing == "selective":
-            save = partial(create_selective_checkpoint_contexts, SAVED_OPS)
-            return compute(*inputs, context_fn=save)
-        return compute(*inputs)
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
+        return checkpoint(self.compute, *inputs, **options)
 
     def compute(self, x, y, mask, modulation, temporal_pos, group=None):
         """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; modulation [B, 6, D]
@@ -316,8 +314,8 @@ class STDiTBlock(nn.Module):
 
         if self.variant == "full":
             x = x + temporal_pos
-        sequences = "b (t s) d" if self.variant == "full" else "(b t) s d"
-        out = attend(self.attn, modulate(norm(x), shift_attn, scale_attn), sequences)
+        pattern = "b (t s) d" if self.variant == "full" else "(b t) s d"
+        out = attend(self.attn, modulate(norm(x), shift_attn, scale_attn), pattern)
         if self.variant == "parallel":
             out = out + temporal_attention(self.attn_temp, x + temporal_pos, group)
         x = x + gate_attn * out
@@ -342,21 +340,21 @@ class STDiTBlock(nn.Module):
 
 
 def patchify(x, patch_size):
-    """[B, C, T*pt, h*ph, w*pw] -> [B, T, S, C*pt*ph*pw], in the order of a Conv3d's weight."""
+    """[B, C, T*pt, h*ph, w*pw] -> [B, T, S, C*pt*ph*pw], channels first as in a Conv3d's weight."""
     pt, ph, pw = patch_size
     return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(x, patch_size, h, w):
-    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw]; channel last, as in released models."""
+    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw], channels last as in released models."""
     pt, ph, pw = patch_size
     pattern = "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
     return rearrange(x, pattern, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
 class PatchEmbedder(nn.Module):
-    """Patches [B, T, S, C*pt*ph*pw] -> tokens [B, T, S, D]. In the released models it is a Conv3d
-    with stride = kernel, which is this linear layer.
+    """Patches [B, T, S, C*pt*ph*pw] -> tokens [B, T, S, D], a linear layer. self.proj is a Conv3d
+    only so that its weight has the shape of the released one.
     """
 
     def __init__(self, config):
@@ -369,8 +367,8 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B], 0 to 999 -> [B, D]: a sinusoidal embedding of 256 channels, cos before sin,
-    and an MLP.
+    """Timesteps [B], 0 to 999 -> [B, D]: an MLP after a sinusoidal embedding of 256 channels, cos
+    before sin, unlike the positions, as in the released weights.
     """
 
     def __init__(self, dim):
@@ -399,8 +397,8 @@ class CaptionEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, T, S, D] and the timestep embedding [B, D] (before t_block)
-    -> patches [B, T, S, pt*ph*pw*2C].
+    """Tokens [B, T, S, D] and the timestep embedding [B, D], the output of t_embedder, not of
+    t_block -> patches [B, T, S, pt*ph*pw*2C].
     """
 
     def __init__(self, config):
@@ -421,7 +419,7 @@ class FinalLayer(nn.Module):
 
 def autocast(device):
     """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. Weights,
-    both ends of the network and the loss are always fp32: rounding the noisy latents to bf16 would
+    all outside the blocks and the loss are always fp32: rounding the noisy latents to bf16 would
     add noise to what the network has to predict.
     """
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
@@ -438,7 +436,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"variant={config.variant!r}: expected one of {', '.join(VARIANTS)}")
         D = config.hidden_size
         self.config = config
-        self.sp_group = None  # sequence-parallel process group; each member gets the whole video
+        # the sequence-parallel process group, set by train.py and sample.py; every process in it is
+        self.sp_group = None  # given the whole video
         self.x_embedder = PatchEmbedder(config)
         self.t_embedder = TimestepEmbedder(D)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
@@ -451,12 +450,13 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
     def initialize_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: Conv3d as linear
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # Conv3d like a linear layer
                 nn.init.zeros_(module.bias)
         y_proj = self.y_embedder.y_proj
-        for linear in (*self.t_embedder.mlp[::2], self.t_block[1], y_proj.fc1, y_proj.fc2):
+        t_mlp = self.t_embedder.mlp
+        for linear in (t_mlp[0], t_mlp[2], self.t_block[1], y_proj.fc1, y_proj.fc2):
             nn.init.normal_(linear.weight, std=0.02)
-        # Zero at the start: output, cross-attention and, unless it is Latte's, temporal attention.
+        # Zero: the final layer, cross-attention and, except in latte, temporal attention.
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)
             if self.config.variant in ("sequential", "parallel"):
@@ -484,25 +484,16 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         x = self.x_embedder(x) + spatial_pos_embed(h, w, c.hidden_size, c.space_scale, x.device)
         temporal_pos = temporal_pos_embed(T, c.hidden_size, c.time_scale, x.device)
         temporal_pos = split_frames(temporal_pos, group)  # [1, T, 1, D]
-        if T == 1 and c.variant in ("full", "latte"):  # these add it to the tokens themselves;
-            temporal_pos = 0.0  # without it, one frame passes through as in an image model
+        # full and latte add it to the tokens themselves. Without it, a single frame is processed as
+        # by an image model.
+        if T == 1 and c.variant in ("full", "latte"):
+            temporal_pos = 0.0
         t = self.t_embedder(t)  # [B, D]
         modulation = self.t_block(t).unflatten(1, (6, -1))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
-        mask = None if mask is None else mask.bool()  # [B, L]
         with autocast(x.device):
             for i, block in enumerate(self.blocks):
                 pos = temporal_pos if i == 0 else 0.0
                 x = block(x, y, mask, modulation, pos, group)  # [B, T, S, D]
         x = gather_frames(self.final_layer(x, t), group)  # [B, T, S, pt*ph*pw*2C]
         return unpatchify(x, c.patch_size, h, w)  # [B, 2C, T*pt, H, W]
-
-
-def drop_captions(y, mask, drop, null):
-    """Replace captions by the null caption. y [B, L, E]; mask [B, L] bool; drop [B] bool, which to
-    replace; null [L, E], model.y_embedder.y_embedding. Returns the new (y, mask).
-
-    The null caption is not masked. v1 keeps the mask of the replaced caption, so there "no caption"
-    depends on that caption's length.
-    """
-    return torch.where(drop[:, None, None], null, y), mask | drop[:, None]

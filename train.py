@@ -1,4 +1,4 @@
-"""Training, from the command line to the loss, on a laptop's CPU or on many GPUs.
+"""Train STDiT on a laptop's CPU or on many GPUs.
 
     python train.py                             # the toy: makes its data, trains, generates videos
     torchrun --nproc-per-node 2 train.py        # the same with two processes, up to rounding
@@ -8,7 +8,7 @@ A run is a folder: checkpoints, metrics.jsonl, loss.png, samples. --resume conti
 checkpoint, on the CPU bit for bit as if it had never stopped.
 
 Shapes in this file:
-    B clips that a process takes at a time    C latent channels    T frames
+    B clips of a forward pass on one process    C latent channels    T frames
     H, W latent height and width    L caption tokens    E caption channels
 """
 
@@ -38,25 +38,25 @@ from tqdm import tqdm
 
 import data
 import sample
-from data import keyed_generator, print0, require
-from stdit import MODELS, VARIANTS, STDiT, drop_captions
+from data import UserError, keyed_generator, print0
+from stdit import MODELS, VARIANTS, STDiT
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
 #
-# A run is one frozen dataclass and a preset is an instance of it; tyro makes the command line from
-# the fields. The defaults are the toy's.
+# TrainConfig holds all options of a run and a preset is an instance of it. tyro turns the fields
+# into command-line options. The defaults are the toy's.
 
 
-# On a CPU, torch.compile needs a C++ compiler and Python's headers.
+# torch.compile needs a C++ compiler and Python's headers.
 HEADERS = Path(sysconfig.get_path("include"), "Python.h")
 HAS_COMPILER = sys.platform == "linux" and shutil.which("g++") is not None and HEADERS.exists()
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = "toy"  # name of the defaults of all other options, see PRESETS in train.py
-    resume: bool = False  # continue the run in --out with its options; if there is none, begin it
+    preset: str = "toy"  # sets the defaults of all other options, see PRESETS in train.py
+    resume: bool = False  # continue the run in --out with its options; if there is none, start one
     out: str = ""  # folder of the run; default: out/PRESET
     # model
     model: Literal[tuple(MODELS)] = "toy"  # size of the network, see MODELS in stdit.py
@@ -64,9 +64,9 @@ class TrainConfig:
     init: str = ""  # pretrained weights: run, folder of tools/convert_weights.py, or Hub name
     space_scale: float = 0.0  # spatial position = index / scale; 0: sqrt(size * width) / 512
     time_scale: float = 0.0  # temporal position = index / scale; 0: that of the model
-    trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: the new ones alone
+    trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: temporal attention
     # data
-    data: str = "toy"  # latent cache, made by data.py; or toy. 1 in 20 clips is for validation
+    data: str = "toy"  # latent cache made by data.py, or toy; 1 in 20 clips is held out
     toy_clips: int = 2048  # training clips of the toy
     frames: int = 8  # frames of a clip
     size: int = 64  # height in pixels
@@ -75,7 +75,9 @@ class TrainConfig:
     # optimization
     steps: int = 4500  # optimizer steps
     batch_size: int = 16  # clips per step, over all processes
-    micro_batch: int = 0  # clips per forward pass of a process, as memory allows; 0: no limit
+    micro_batch: int = (
+        0  # clips per forward pass of a process, as memory allows; 0: its whole share
+    )
     lr: float = 4e-3  # peak learning rate of AdamW; v1: 2e-5, from pretrained weights
     warmup: int = 100  # steps of linear warm-up of the learning rate
     cosine: bool = True  # cosine decay of the learning rate to 0; v1: constant
@@ -86,7 +88,7 @@ class TrainConfig:
     drop_caption: float = 0.1  # fraction of captions replaced by the null caption, for guidance
     t_mean: float = 0.4  # timesteps are 1000 sigmoid(t_mean + t_std * normal)
     t_std: float = 1.0  # 0: uniform timesteps, as in v1
-    min_snr: float = 0.03  # loss weights min(1, min_snr / SNR) (arXiv 2303.09556); 0: none, as v1
+    min_snr: float = 0.03  # loss weights min(1, min_snr / SNR) (arXiv 2303.09556); v1: 0, none
     seed: int = 0  # random seed
     # hardware
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # fp32; with bf16 autocast on CUDA
@@ -99,16 +101,16 @@ class TrainConfig:
     sample_every: int = 1500  # steps between sample videos, always of the same captions and noise
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # number of newest checkpoints to keep
-    num_samples: int = 6  # sample videos to write; 0: none are generated
+    num_samples: int = 6  # sample videos to write (the toy generates more, to count); 0: none
     sample_steps: int = 10  # denoising steps of sample videos; v1: 100
     guidance: float = 3.0  # classifier-free guidance of sample videos; v1's configs: 7
     guidance_min_t: int = 600  # guide only at timesteps from this one up; v1: 0
     output_fps: int = 8  # frames per second of sample videos
 
 
-# The stages of Open-Sora v1; each starts from the EMA weights of the one before. At stride 2
-# instead of 3, frames are 2/3 as far apart in time. Position = index / scale, so the time scale is
-# 3/2; v1 has 2/3, which is inverted. At 512x512 pixels a micro-batch is one clip.
+# The stages of Open-Sora v1, each from the EMA weights of the one before, and one for a smaller
+# GPU. At stride 2 instead of 3, frames are 2/3 as far apart in time. Position = index / scale, so
+# the time scale is 3/2; v1 has the inverse, 2/3. At 512x512 pixels a micro-batch is one clip.
 V1 = TrainConfig(
     model="STDiT-XL/2",
     init="weights/PixArt-XL-2-512x512",
@@ -160,10 +162,14 @@ def parse_command_line(argv=None):
         default = replace(TrainConfig(**stored), out=out)
     rank0 = os.environ.get("RANK", "0") == "0"
     config = tyro.cli(
-        TrainConfig, args=argv, default=default, description=__doc__, console_outputs=rank0
+        TrainConfig,
+        args=argv,
+        default=default,
+        description=__doc__.split("\n\nShapes")[0],
+        console_outputs=rank0,
     )
-    new = args.resume or checkpoint is None
-    require(new, f"{out} holds a run: continue it with --resume, or give another --out")
+    if checkpoint and not args.resume:
+        raise UserError(f"{out} holds a run: continue it with --resume, or give another --out")
     return config
 
 
@@ -244,26 +250,27 @@ def toy_caches(config, distributed):
 
 def open_cache(path, config):
     """The LatentCache at `path`; UserError if it does not fit the config."""
-    is_cache = (Path(path) / "index.json").is_file()
-    require(is_cache, f"{path} is not a latent cache: make one with data.py, or use --data toy")
+    if not path or not (Path(path) / "index.json").is_file():
+        raise UserError(f"--data {path!r} is not a latent cache: make one with data.py")
     cache, c, model = data.LatentCache(path), config, MODELS[config.model]
     needed = dict(frames=c.frames, size=c.size, width=c.width or c.size, stride=c.stride)
     needed |= dict(caption_length=model.caption_length, caption_channels=model.caption_channels)
     found = {name: cache.settings[name] for name in needed}
-    require(found == needed, f"the cache {path} has {found}, the run needs {needed}")
+    if found != needed:
+        raise UserError(f"the cache {path} has {found}, the run needs {needed}")
     return cache
 
 
 def open_data(config, distributed):
-    """(training Stream, validation Stream)."""
+    """[training Stream, validation Stream]."""
     if config.data == "toy":
         caches = [open_cache(path, config) for path in toy_caches(config, distributed)]
         return [Stream(cache, range(len(cache)), config.seed) for cache in caches]
     cache = open_cache(config.data, config)
-    order = permutation(config.seed, len(cache), epoch=-1)
-    n = min(len(cache) // 20, 64)  # of fewer than 20 clips none is held out
-    rows = sorted(order[n:]), order[:n] or order
-    return [Stream(cache, part, config.seed) for part in rows]
+    order = permutation(config.seed, len(cache), epoch=-1)  # of no epoch of training
+    held_out = min(len(cache) // 20, 64)
+    validation_rows = order[:held_out] or order  # of fewer than 20 clips: the training clips
+    return [Stream(cache, rows, config.seed) for rows in (order[held_out:], validation_rows)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,7 +278,7 @@ def open_data(config, distributed):
 
 
 def draw(random, config, purpose, keys, *shape):
-    """[B, *shape]: one draw of random, torch.rand or torch.randn, per key."""
+    """One draw per key from random, torch.rand or torch.randn: [B, *shape]."""
     generators = [keyed_generator(config.seed, purpose, key) for key in keys]
     return torch.stack([random(shape, generator=g) for g in generators])
 
@@ -302,7 +309,7 @@ def training_loss(config, model, null, batch, positions):
     t = to_device(draw_timesteps(config, positions), device)  # [B]
     noise = to_device(draw(torch.randn, config, "noise", positions, *x0.shape[1:]), device)
     drop = draw(torch.rand, config, "drop", positions) < config.drop_caption  # [B]
-    y, mask = drop_captions(y, mask, to_device(drop, device), null)
+    y, mask = sample.drop_captions(y, mask, to_device(drop, device), null)
     schedule = schedule_on(device)
     x_t = sample.q_sample(schedule, x0, t, noise)
     out = model(x_t, t, y, mask)  # [B, 2C, T, H, W]
@@ -319,7 +326,7 @@ def schedule_on(device):
 def loss_weights(config, t):
     """Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4, prediction of
     noise). Without them the loss at small t is hundreds of times that at large t, where the content
-    of a video is decided. The paper has min_snr = 5 for pixels; 0.03 was found on the toy.
+    of a video is decided. The paper uses min_snr = 5; 0.03 was found on the toy.
     """
     schedule = schedule_on(t.device)
     snr = (schedule.alpha[t] / schedule.sigma[t]).square()  # [B]
@@ -327,23 +334,24 @@ def loss_weights(config, t):
 
 
 def learning_rate(config, step):
-    """Linear warm-up, then constant or a half cosine to 0."""
+    """Linear warm-up, then constant or half-cosine decay to 0."""
     decay = 0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.cosine else 1.0
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * decay
 
 
+@torch.no_grad()
 def update_ema(config, step, ema, model):
     """ema = decay * ema + (1 - decay) * weights. After n steps the decay is (1 + n) / (10 + n), but
     at most ema_decay, so that the initial weights are soon forgotten.
     """
     decay = min(config.ema_decay, (2 + step) / (11 + step))
-    pairs = [(a, p) for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    with torch.no_grad():
-        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
+    for average, p in zip(ema.parameters(), model.parameters()):
+        if p.requires_grad:
+            average.lerp_(p, 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------
-# Is it learning?
+# Evaluation
 #
 # The training loss hardly falls while videos improve, since most of it is noise that cannot be
 # predicted. Three other measures show progress: the validation loss in four bins of t, with fixed
@@ -356,26 +364,26 @@ def validation_loss(config, model, stream, distributed):
     """Mean squared error of the noise on at most 64 validation clips: 4 numbers, for t in 0-249,
     250-499, 500-749, 750-999. Clips are shared among processes.
     """
-    d, sums = distributed, torch.zeros(5, dtype=torch.float64)
-    positions, size = range(min(64, len(stream)))[d.rank :: d.world_size], config.micro_batch or 8
-    for part in (positions[i : i + size] for i in range(0, len(positions), size)):
-        x0, y, mask = stream.batch(part, d.device)
-        sums[4] += len(part)
+    d, sums = distributed, torch.zeros(4, dtype=torch.float64)
+    clips, size = min(64, len(stream)), config.micro_batch or 8
+    share = range(clips)[d.rank :: d.world_size]  # of this process
+    for start in range(0, len(share), size):
+        positions = share[start : start + size]
+        x0, y, mask = stream.batch(positions, d.device)
         for b in range(4):
-            keys = [("validation", p, b) for p in part]
+            keys = [("validation", p, b) for p in positions]
             t = 250 * b + (250 * draw(torch.rand, config, "t", keys)).long().to(d.device)
             noise = draw(torch.randn, config, "noise", keys, *x0.shape[1:]).to(d.device)
             x_t = sample.q_sample(schedule_on(d.device), x0, t, noise)
             eps, _ = model(x_t, t, y, mask).chunk(2, dim=1)
             sums[b] += (eps - noise).square().flatten(1).mean(1).sum().item()
-    *sums, count = data.all_reduce_sum(sums).tolist()
-    return [total / count for total in sums]
+    return (data.all_reduce_sum(sums) / clips).tolist()
 
 
 def sample_rows(config, validation, last):
-    """Rows of the validation cache whose captions are sampled: the first num_samples. On the toy a
-    row of each of the 48 captions, unseen ones first; in the last step 2 videos of each seen
-    caption and 8 of each unseen one.
+    """Rows of the validation cache whose captions are sampled: the first num_samples. On the toy
+    one row per caption, unseen ones first; after the last step 2 videos per seen caption and 8 per
+    unseen one.
     """
     if config.data != "toy":
         return validation.rows[: config.num_samples]
@@ -386,7 +394,7 @@ def sample_rows(config, validation, last):
 
 def evaluate_toy(captions, videos):
     """{"accuracy": {"seen": [matches, videos], "unseen": the same}, "crispness": the means of
-    data.crispness over the videos that match their captions, or None if none does}.
+    data.crispness over the videos that match their captions, None if no video does}.
     """
     triples = {data.caption_of(triple): triple for triple in data.TRIPLES}
     accuracy, crispness = {"seen": [0, 0], "unseen": [0, 0]}, []
@@ -419,14 +427,16 @@ def write_samples(config, step, ema, vae, validation):
     path = Path(config.out) / "samples" / f"step_{step:08d}"
     data.write_gif(path.with_suffix(".gif"), grid, config.output_fps)
     data.write_sheet(path.with_suffix(".png"), shown, captions)
-    found = evaluate_toy(captions, videos) if config.data == "toy" else {}
-    for name, (matches, count) in found.get("accuracy", {}).items():
+    metrics = evaluate_toy(captions, videos) if config.data == "toy" else {}
+    for name, (matches, count) in metrics.get("accuracy", {}).items():
         print0(f"step {step}  {matches} of {count} videos match {name} captions")
-    return {"step": step, "samples": f"{path}.gif"} | found
+    return {"step": step, "samples": f"{path}.gif"} | metrics
 
 
 def read_metrics(out):
-    """The lines of a run's metrics.jsonl. A resumed run repeats those after its checkpoint."""
+    """The lines of a run's metrics.jsonl. A run that was killed has those after its checkpoint
+    twice, on the CPU with the same numbers.
+    """
     return [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
 
 
@@ -498,8 +508,8 @@ def save_checkpoint(config, step, model, ema, optimizer, cache):
 def load_checkpoint(folder, model, ema, optimizer, data_settings):
     """Load the state of a run. Returns its step."""
     state = json.loads((folder / "state.json").read_text())
-    same = state["data"] == data_settings
-    require(same, f"{folder} was trained on other data: resume with the same, or use --init")
+    if state["data"] != data_settings:
+        raise UserError(f"{folder} was trained on other data: resume with the same, or use --init")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
     model.load_state_dict(training["model"])
     optimizer.load_state_dict(training["optimizer"])
@@ -519,6 +529,7 @@ def request_stop(number, frame):
     """
     global stop_requested
     stop_requested = True
+    print0("stopping after this step; Ctrl-C again stops at once, without saving")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -526,22 +537,24 @@ def create_model(config, device, data_settings):
     """(model, EMA model, optimizer, step), with random weights, those of --init, or resumed."""
     torch.manual_seed(config.seed)
     c, checkpoint = model_config(config), sample.newest_checkpoint(config.out)
-    new = config.init and not checkpoint
-    model = sample.load_model(config.init, **vars(c)).train() if new else STDiT(c)
+    if config.init and not checkpoint:
+        model = sample.load_model(config.init, **vars(c)).train()
+    else:
+        model = STDiT(c)
     model.to(device)
     for name, p in model.named_parameters():
         p.requires_grad_(config.trainable == "all" or "_temp" in name)
-    ema = deepcopy(model).requires_grad_(False).eval()  # never wrapped or sharded
+    ema = deepcopy(model).requires_grad_(False).eval()  # not wrapped, compiled or in a group
     trainable_params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable_params, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
-    )
+    )  # train_step sets the learning rate
     step = load_checkpoint(checkpoint, model, ema, optimizer, data_settings) if checkpoint else 0
     return model, ema, optimizer, step
 
 
 def parallelize(model, config, distributed):
-    """Set up checkpointing, compilation and DDP. Returns the model to call in training."""
+    """Set up activation checkpointing, compilation, groups and DDP. Returns the model to call."""
     model.sp_group = distributed.sp_group
     for block in model.blocks:
         block.activation_checkpointing = config.activation_checkpointing
@@ -559,15 +572,16 @@ def parallelize(model, config, distributed):
 
 
 def train_step(config, step, model, ddp_model, ema, optimizer, stream, distributed):
-    """One optimizer step, after `step` others. Returns the means of loss, MSE and VLB over this
-    process's samples, [3], and the gradient norm.
+    """Optimizer step number `step`, counted from 0. Returns the means of loss, MSE and VLB over
+    this process's samples, [3], and the gradient norm.
     """
-    null, losses = model.y_embedder.y_embedding, 0
+    null = model.y_embedder.y_embedding
+    losses = torch.zeros(3, device=distributed.device)
     micro_batches = positions_of_step(config, step, distributed)
     n = len(micro_batches)
     for k, positions in enumerate(micro_batches):
         batch = stream.batch(positions, distributed.device)
-        accumulate = ddp_model is not model and k < n - 1  # DDP averages in the last backward pass
+        accumulate = ddp_model is not model and k < n - 1  # DDP averages in the last one
         with ddp_model.no_sync() if accumulate else nullcontext():
             parts = training_loss(config, ddp_model, null, batch, positions)  # [3]
             (parts[0] / n).backward()  # micro-batches are equal, so the mean of means is the mean
@@ -586,8 +600,8 @@ def train_step(config, step, model, ddp_model, ema, optimizer, stream, distribut
 
 
 def train(config, distributed=data.Distributed("cpu")):
-    """The whole run. `step` counts optimizer steps done. Rank 0 saves and generates samples; the
-    others wait.
+    """The whole run. `step` counts optimizer steps done. Only rank 0 saves and generates samples;
+    the others wait in the next all-reduce.
     """
     c, d, begin = config, distributed, time.time()
     stream, validation = open_data(c, d)
@@ -610,7 +624,8 @@ def train(config, distributed=data.Distributed("cpu")):
         return step == c.steps or (step > 0 and step % every == 0)
 
     while True:
-        # Save first: a process that has to stop may have little time.
+        # After `step` steps: save, stop, evaluate, sample; then train. Saving comes first, because
+        # a process that has to stop may have little time.
         stop = data.all_reduce_sum(torch.tensor(int(stop_requested), device=d.device)).item()
         if d.rank == 0 and step > start and (stop or due(c.save_every)):
             save_checkpoint(c, step, model, ema, optimizer, stream.cache)
@@ -646,8 +661,9 @@ def main():
     config = parse_command_line()
     distributed = data.init_distributed(config.device, config.sp)
     unit = distributed.dp_size * max(1, config.micro_batch)
-    wrong = f"batch_size={config.batch_size}: expected a multiple of {unit}"
-    require(config.batch_size % unit == 0, f"{wrong} (processes / sp x micro_batch)")
+    if config.batch_size % unit:
+        expected = f"expected a multiple of {unit} (processes / sp x micro_batch)"
+        raise UserError(f"batch_size={config.batch_size}: {expected}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request_stop)
     train(config, distributed)

@@ -61,7 +61,7 @@ TABLES = {
     "": "needs the header path,text; it has None",
     "path,caption\na.mp4,b\n": r"header path,text; it has \['path', 'caption'\]",
     "path,text\n": "lists no clips",
-    "path,id,text\na.mp4,1,red, blue\n": "line 2: put a text with commas into quotes",
+    "path,id,text\na.mp4,1,red, blue\n": "line 2: no path, or a text with commas without quotes",
 }
 
 

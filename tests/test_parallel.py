@@ -89,7 +89,7 @@ def test_a_video_sampled_by_two_processes_is_that_of_one(toy, tmp_path, monkeypa
     out = tmp_path / "run"
     train.train(train.TrainConfig(data=str(toy / "train"), out=str(out), **SHORT | {"steps": 2}))
     argv = ["--weights", str(out), "--prompt", "a red circle moving left", "--steps", "3"]
-    done = torchrun(2, ROOT / "sample.py", *argv, "--sp", "2", "--out", tmp_path / "two")
+    done = torchrun(2, ROOT / "sample.py", *argv, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("sheet.png") == 1  # rank 0 alone writes and prints
     monkeypatch.setattr(sys, "argv", ["sample.py", *argv, "--out", str(tmp_path / "one")])

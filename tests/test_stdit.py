@@ -7,7 +7,8 @@ import torch
 from conftest import assert_close, randomize
 
 import stdit
-from stdit import VARIANTS, STDiT, STDiTConfig, drop_captions, spatial_pos_embed
+from sample import drop_captions
+from stdit import VARIANTS, STDiT, STDiTConfig, spatial_pos_embed
 
 TINY = STDiTConfig(depth=2, hidden_size=32, num_heads=4, caption_channels=24, caption_length=10)
 FP32 = "fp32 rounding over two blocks"

@@ -424,7 +424,7 @@ def test_data_that_does_not_fit_the_run_is_refused(config):
     for change, message in (
         ({"frames": 4}, "has .*'frames': 8, .* the run needs .*'frames': 4"),
         ({"model": "STDiT-XL/2"}, "has .*'caption_length': 16, .* needs .*'caption_length': 120"),
-        ({"data": "nowhere"}, "nowhere is not a latent cache"),
+        ({"data": "nowhere"}, "--data .nowhere. is not a latent cache"),
     ):
         with pytest.raises(UserError, match=message):
             train.train(replace(config, **change))

@@ -24,7 +24,6 @@ import data  # noqa: E402
 import sample  # noqa: E402
 from data import keyed_generator  # noqa: E402
 from sample import TRAIN_SCHEDULE  # noqa: E402
-from stdit import drop_captions  # noqa: E402
 from train import read_metrics  # noqa: E402
 
 TRIPLE = ("red", "triangle", "up")  # an unseen caption
@@ -183,7 +182,7 @@ def sampling_figure(model, vae, y, mask):
     make, step = sample.SAMPLERS["dpm"]
     schedule, generator = make(20), keyed_generator("figures", "sampling")
     drop, null = torch.tensor([False, True]), model.y_embedder.y_embedding
-    y, mask = drop_captions(y.repeat(2, 1, 1), mask.repeat(2, 1), drop, null)
+    y, mask = sample.drop_captions(y.repeat(2, 1, 1), mask.repeat(2, 1), drop, null)
     x, x0 = torch.randn(1, 4, 8, 8, 8, generator=generator), None
     columns, titles = [], []
     for i in reversed(range(20)):
