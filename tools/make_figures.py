@@ -180,7 +180,7 @@ def training_figure(run, size):
 def sampling_figure(model, vae, y, mask):
     """x_t and the predicted x_0 in the course of sampling, in the first and the last frame."""
     make, step = sample.SAMPLERS["dpm"]
-    schedule, generator = make(20), keyed_generator("figures", "sampling")
+    schedule, generator = make(20), keyed_generator(*KEY[0])
     drop, null = torch.tensor([False, True]), model.y_embedder.y_embedding
     y, mask = sample.drop_captions(y.repeat(2, 1, 1), mask.repeat(2, 1), drop, null)
     x, x0 = torch.randn(1, 4, 8, 8, 8, generator=generator), None
@@ -211,7 +211,7 @@ def guidance_figure(model, vae, y, mask):
 
 def generate_toy(model, vae, t5, captions):
     """One video per caption, with the toy's settings: uint8 [n, T, 3, 64, 64]."""
-    options = {"steps": 20, "sampler": "dpm", "guidance": 3.0, "guidance_min_t": 600}
+    options = {"steps": 10, "guidance": 3.0, "guidance_min_t": 600}
     keys = sample.video_keys(0, captions)
     y, mask = t5.encode(captions)
     return torch.stack(sample.generate(model, vae, y, mask, keys, (4, 8, 8, 8), 32, **options))
