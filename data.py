@@ -1,12 +1,12 @@
 """From video files to tensors: clips, captions, frozen encoders, latent cache, and the toy data.
 
-    python data.py SOURCE --out DIR       encode all clips and captions once: the latent cache
+    python data.py SOURCE --out DIR       encode all clips and captions once, into a latent cache
 
 A SOURCE is a folder of videos and images, each with its caption in a .txt of the same name, or a
 CSV with the header "path,text" (paths relative to its folder). The frozen VAE turns frames into
 latents and the frozen T5 turns captions into embeddings; neither is trained, so a cache stores
 their outputs. diffusers and transformers are imported where they are used, since that takes
-seconds. Errors, seeded draws, files and processes, which the other scripts also need, come first.
+seconds. The first two sections are helpers shared by all scripts.
 
 Shapes in this file:
     B batch    T frames    C latent channels (4)    L caption tokens    E caption channels
@@ -61,16 +61,16 @@ def run_command(main):
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or dist.is_initialized():  # before, all ranks fail with the same error
+        if rank == "0" or dist.is_initialized():  # before, all ranks fail alike, so one prints
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if dist.is_initialized():  # after a failure this could hang
+    if dist.is_initialized():  # not after a failure, where it could hang
         dist.destroy_process_group()
 
 
 def keyed_generator(*key):
-    """A torch.Generator for one random draw, seeded by a key: the seed, the purpose of the draw,
-    and the sample's position in the stream, or the row of a clip.
+    """A torch.Generator seeded by a key: the seed, the purpose of the draw, and what identifies it
+    (position in the stream, row of a clip, epoch, prompt).
 
     So a draw does not depend on the rank or on the place in a batch, a resumed run repeats it, and
     checkpoints need no generator state.
@@ -159,7 +159,7 @@ def all_reduce_sum(tensor):
 
 
 def barrier():
-    """Wait for all processes, on the CPU: gloo has the long timeout, NCCL would occupy the GPU."""
+    """Wait for all processes, on the CPU."""
     all_reduce_sum(torch.zeros(1))
 
 
@@ -203,7 +203,7 @@ def read_table(source):
 
 
 def clean_caption(text):
-    """Lower case, without web addresses and HTML. v1 also cleans captions and prompts."""
+    """Lower case, without web addresses and HTML. v1 cleans its captions and prompts too."""
     text = re.sub(r"https?://\S+|www\.\S+|<[^>]*>", " ", html.unescape(text).lower())
     return " ".join(text.split())
 
@@ -236,7 +236,7 @@ def decode(path, times, transform=lambda frame: frame):
     one is in memory in full size.
     """
     found = {}
-    for start in (times[0], None):  # seek; if that went too far (AVI), decode from the beginning
+    for start in (times[0], None):  # seek; if it overshot (AVI), decode from the beginning
         with open_video(path) as container:
             stream = video_stream(container)
             stream.codec_context.thread_count = 1  # clips are read in parallel instead
@@ -268,7 +268,7 @@ def read_frames(path, frames, stride=1, generator=None, transform=lambda frame: 
         raise UnreadableClip(f"{type(error).__name__}: {error}") from None
 
 
-def resize_and_center_crop(frames, height, width):
+def center_crop_and_resize(frames, height, width):
     """Crop the largest height : width rectangle from the center and resize it with antialiasing.
     frames uint8 [..., 3, H, W]; returns [..., 3, height, width].
     """
@@ -300,7 +300,7 @@ class Clips:
     def __getitem__(self, row):
         (path, text), s = self.rows[row], self.settings
         generator = keyed_generator(s["seed"], "crop", row)
-        transform = partial(resize_and_center_crop, height=s["size"], width=s["width"])
+        transform = partial(center_crop_and_resize, height=s["size"], width=s["width"])
         try:
             if not text:
                 raise UnreadableClip("no caption: write one, or run tools/caption.py")
@@ -368,7 +368,7 @@ def write_sheet(path, videos, captions):
 
 
 def load_frozen(load, source, part, **options):
-    """Call load, a from_pretrained, on the subfolder `part` of a source, or on the source
+    """Call load, some from_pretrained, on the subfolder `part` of a source, or on the source
     itself.
     """
     # "assets/vae" works from any folder
@@ -530,7 +530,9 @@ def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
 
 
 class LatentCache:
-    """The samples of a cache. cache[i] is (latents [C, T, H/8, W/8], y [L, E], mask [L])."""
+    """The clips of a cache, a map-style data set. cache[i] is (latents [C, T, H/8, W/8], y [L, E],
+    mask [L]).
+    """
 
     def __init__(self, folder):
         index = json.loads((Path(folder) / "index.json").read_text())
@@ -653,9 +655,9 @@ def fit_shapes(cover):
 def detect(video):
     """The triple that a toy clip shows, or None. video [T, 3, H, W], uint8 or float in [0, 255].
 
-    Color from the strongest pixels, shape from the best overlap with a drawn shape, averaged over
-    frames, direction from a line fitted to the centers. The thresholds were fixed on real clips and
-    on their VAE reconstructions.
+    The color is that of the strongest pixels, the shape the one with the highest overlap, averaged
+    over frames; the direction comes from a line fitted to the centers. The thresholds were fixed on
+    drawn clips and their VAE reconstructions.
     """
     T, _, _, size = video.shape
     offset = video.float() - torch.tensor(BACKGROUND).view(3, 1, 1)  # [T, 3, H, W]

@@ -54,8 +54,8 @@ class Schedule(NamedTuple):
     sigma_prev: torch.Tensor  # [N]  0 at index 0
     posterior_mean_coef1: torch.Tensor  # [N]  of x_0 in the mean of q(x_{t-1} | x_t, x_0)
     posterior_mean_coef2: torch.Tensor  # [N]  of x_t (DDPM, eq. 7)
-    log_betas: torch.Tensor  # [N]  upper bound of the log variance of a reverse step
-    posterior_log_variance: torch.Tensor  # [N]  log beta-tilde, the lower bound
+    log_betas: torch.Tensor  # [N]  log variance of a reverse step at v = 1
+    posterior_log_variance: torch.Tensor  # [N]  at v = -1: log beta-tilde
 
     def to(self, device):
         return Schedule(self.timesteps.to(device), *(t.float().to(device) for t in self[1:]))
@@ -114,8 +114,8 @@ def posterior_mean(schedule, x0, x_t, t):
 
 
 def log_variance(schedule, v, t):
-    """The predicted log variance: v (not v-prediction; IDDPM's name) interpolates between log
-    beta-tilde at -1 and log beta at 1, and is not clipped (IDDPM, eq. 15).
+    """The predicted log variance, between log beta-tilde at v = -1 and log beta at v = 1 (IDDPM,
+    eq. 15; its v is w here). v is not clipped, and has nothing to do with v-prediction.
     """
     w = (v + 1) / 2
     lower = extract(schedule.posterior_log_variance, t, v)
@@ -131,9 +131,9 @@ def log_variance(schedule, v, t):
 
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
-    """{"mse": of the predicted noise, "vlb": the bound's term at t, in bits per dimension}, [B]
-    each. v1 trains on their sum. (IDDPM weights the bound with 0.001 but sums over 1000 steps,
-    which is the same.)
+    """Returns a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
+    term of the bound at t, in bits per dimension. v1 trains on their sum. (IDDPM weights the bound
+    with 0.001 but sums over 1000 steps, which is the same.)
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
@@ -168,9 +168,13 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # Gaussian. DDIM solves an ODE with the same marginals; without noise, fewer steps suffice.
 # DPM-Solver++ solves that ODE to second order, extrapolating x_0 from its last two predictions.
 #
-# Arguments: x [B, C, T, H, W]; i, index into the schedule; x0, the predicted x_0, which is not
-# clipped, because latents have no bounds; eps, v, predicted noise and variance; noise, to be added;
-# x0_last, the x0 of the step before, None in the first. A step returns x, one step closer to x_0.
+# All steps have the same arguments and return x, one step closer to x_0:
+#     x        x_t [B, C, T, H, W]
+#     i        index into the schedule
+#     x0       the predicted x_0, not clipped, since latents have no bounds
+#     eps, v   the network's output, with guidance
+#     noise    standard normal; for DDPM
+#     x0_last  x0 of the step before, None in the first; for DPM-Solver++
 
 
 def ddpm_step(schedule, x, i, x0, eps, v, noise, x0_last=None):
@@ -237,8 +241,8 @@ def predict_noise(model, x, t, y, mask, guidance, v1_guidance=False):
     """Guided eps and v, [B, C, T, H, W] each, for x [B, C, T, H, W] at timestep t (scalar tensor).
 
     y [2B, L, E], mask [2B, L]: B captions, then B null captions, which guidance 1 does not need. v
-    comes from the captions. v1_guidance: guide 3 of the 4 channels, as v1 does (and DiT, which v1's
-    code follows).
+    is the one predicted with the caption. v1_guidance: guide 3 of the 4 channels, as v1 does (and
+    DiT, which v1's code follows).
     """
     B = len(x)
     if guidance == 1:
@@ -269,7 +273,7 @@ def sample(
 
     keys: for each video the key of its noise (data.keyed_generator). Up to rounding, a video does
     not depend on the rest of its batch. v1's configs have 100 steps and guidance 7. guidance_min_t:
-    guide only at timesteps from this one up. v1_guidance reproduces v1: three guided channels, and
+    use guidance only at timesteps >= this. v1_guidance reproduces v1: three guided channels, and
     a null caption with the padding mask of the prompt.
     """
     make, step = SAMPLERS[sampler]
@@ -295,7 +299,7 @@ def sample(
 
 
 def video_keys(seed, prompts):
-    """The key of each video's noise: seed, prompt, and how often that prompt occurs before it."""
+    """The key of each video's noise: seed, prompt, number of earlier occurrences of the prompt."""
     return [(seed, "video", prompt, prompts[:i].count(prompt)) for i, prompt in enumerate(prompts)]
 
 
@@ -373,7 +377,7 @@ class SampleConfig:
     steps: int = 50  # denoising steps; v1: 100
     sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # dpm: DPM-Solver++(2M), good with 20 steps
     guidance: float | None = None  # classifier-free guidance, 1: none; v1: 7; None: as in training
-    guidance_min_t: int | None = None  # guide only at timesteps from this one up; v1: 0
+    guidance_min_t: int | None = None  # use guidance only at timesteps >= this; v1: 0
     v1_guidance: bool = False  # as v1: guide 3 of 4 channels, null caption with the prompt's mask
     space_scale: float | None = None  # spatial position = index / scale; None: as in training
     time_scale: float | None = None  # temporal position = index / scale; None: as in training
@@ -416,8 +420,7 @@ def main():
     start = time.time()
     c = tyro.cli(SampleConfig, description=__doc__.split("\n\nShapes")[0])
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
-    make_sampler_schedule, _ = SAMPLERS[c.sampler]
-    make_sampler_schedule(c.steps)  # a bad number of steps fails here, before anything is loaded
+    SAMPLERS[c.sampler][0](c.steps)  # a bad number of steps fails here, before anything is loaded
     c = resolve(c)
     d = data.init_distributed(c.device, sp=int(os.environ.get("WORLD_SIZE", 1)))  # share each video
 
@@ -441,8 +444,8 @@ def main():
     videos = generate(model.to(d.device), vae, y, mask, keys, shape, c.batch_size, **options)
     if d.rank == 0:
         write_videos(c.out, c.prompt, videos, c.output_fps)
-    total = f"{time.time() - start:.1f} s with loading"
-    print0(f"{c.steps} steps of {c.sampler} on {d.device}: {total}")
+    seconds = time.time() - start
+    print0(f"{c.steps} steps of {c.sampler} on {d.device}: {seconds:.1f} s with loading")
 
 
 if __name__ == "__main__":

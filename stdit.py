@@ -205,9 +205,9 @@ def split_frames(x, group):
 def gather_frames(x, group):
     """The frames of all processes, [B, T, ...], on each of them. x [B, T/n, ...].
 
-    Every process computes the same loss, so the gradients that reach the frames of a process are a
-    sum of n equal ones. DDP averages over all processes, which divides by n again. (An all-to-all
-    of copies is an all-gather; torch's all-gather with gradients has another name in each version.)
+    Every process computes the same loss, so the backward pass multiplies the gradient of a
+    process's frames by n; DDP's average over all processes removes this factor. (An all-to-all of
+    copies is an all-gather; the differentiable all-gather in torch has been renamed several times.)
     """
     if group is None:
         return x
@@ -298,7 +298,7 @@ class STDiTBlock(nn.Module):
     def forward(self, *inputs):
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(*inputs)
-        options = dict(use_reentrant=False, preserve_rng_state=False)
+        options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing here is random
         if self.activation_checkpointing == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
         return checkpoint(self.compute, *inputs, **options)
@@ -367,8 +367,8 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B], 0 to 999 -> [B, D]: an MLP after a sinusoidal embedding of 256 channels, cos
-    before sin, unlike the positions, as in the released weights.
+    """Timesteps [B], 0 to 999 -> [B, D]: an MLP after a sinusoidal embedding of 256 channels. The
+    cosines come first, as in the released weights (in the position embeddings the sines do).
     """
 
     def __init__(self, dim):
@@ -382,8 +382,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """T5 embeddings [B, L, E] -> [B, L, D]. y_embedding [L, E] is the null caption, which stands
-    for "no caption"; as in v1 it is not trained.
+    """T5 embeddings [B, L, E] -> [B, L, D]. y_embedding [L, E] is the null caption, which is used
+    when there is no caption; it is a buffer and not trained, as in v1.
     """
 
     def __init__(self, config):
@@ -407,8 +407,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(D, math.prod(config.patch_size) * 2 * config.in_channels)
         self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D**0.5)
 
-    def forward(self, x, t):
-        m = self.scale_shift_table + t[:, None]  # [B, 2, D]
+    def forward(self, x, t_emb):
+        m = self.scale_shift_table + t_emb[:, None]  # [B, 2, D]
         shift, scale = m[:, :, None, None].unbind(1)  # 2 x [B, 1, 1, D]
         return self.linear(modulate(norm(x), shift, scale))
 
@@ -419,8 +419,8 @@ class FinalLayer(nn.Module):
 
 def autocast(device):
     """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. Weights,
-    all outside the blocks and the loss are always fp32: rounding the noisy latents to bf16 would
-    add noise to what the network has to predict.
+    the loss and everything outside the blocks stay in fp32: rounding the noisy latents to bf16
+    would add noise to what the network has to predict.
     """
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
@@ -436,8 +436,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"variant={config.variant!r}: expected one of {', '.join(VARIANTS)}")
         D = config.hidden_size
         self.config = config
-        # the sequence-parallel process group, set by train.py and sample.py; every process in it is
-        self.sp_group = None  # given the whole video
+        # Sequence-parallel group, set by train.py and sample.py; each process gets the whole video.
+        self.sp_group = None
         self.x_embedder = PatchEmbedder(config)
         self.t_embedder = TimestepEmbedder(D)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
@@ -456,7 +456,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         t_mlp = self.t_embedder.mlp
         for linear in (t_mlp[0], t_mlp[2], self.t_block[1], y_proj.fc1, y_proj.fc2):
             nn.init.normal_(linear.weight, std=0.02)
-        # Zero: the final layer, cross-attention and, except in latte, temporal attention.
+        # These start at zero: the final layer and the output projections of cross-attention and (in
+        # sequential and parallel) of temporal attention.
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)
             if self.config.variant in ("sequential", "parallel"):
@@ -488,12 +489,12 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         # by an image model.
         if T == 1 and c.variant in ("full", "latte"):
             temporal_pos = 0.0
-        t = self.t_embedder(t)  # [B, D]
-        modulation = self.t_block(t).unflatten(1, (6, -1))  # [B, 6, D]  shared by all blocks
+        t_emb = self.t_embedder(t)  # [B, D]
+        modulation = self.t_block(t_emb).unflatten(1, (6, -1))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
         with autocast(x.device):
             for i, block in enumerate(self.blocks):
                 pos = temporal_pos if i == 0 else 0.0
                 x = block(x, y, mask, modulation, pos, group)  # [B, T, S, D]
-        x = gather_frames(self.final_layer(x, t), group)  # [B, T, S, pt*ph*pw*2C]
+        x = gather_frames(self.final_layer(x, t_emb), group)  # [B, T, S, pt*ph*pw*2C]
         return unpatchify(x, c.patch_size, h, w)  # [B, 2C, T*pt, H, W]

@@ -8,7 +8,7 @@ A run is a folder: checkpoints, metrics.jsonl, loss.png, samples. --resume conti
 checkpoint, on the CPU bit for bit as if it had never stopped.
 
 Shapes in this file:
-    B clips of a forward pass on one process    C latent channels    T frames
+    B clips in one forward pass on one process    C latent channels    T frames
     H, W latent height and width    L caption tokens    E caption channels
 """
 
@@ -75,9 +75,7 @@ class TrainConfig:
     # optimization
     steps: int = 4500  # optimizer steps
     batch_size: int = 16  # clips per step, over all processes
-    micro_batch: int = (
-        0  # clips per forward pass of a process, as memory allows; 0: its whole share
-    )
+    micro_batch: int = 0  # clips per forward pass of a process; 0: its whole share
     lr: float = 4e-3  # peak learning rate of AdamW; v1: 2e-5, from pretrained weights
     warmup: int = 100  # steps of linear warm-up of the learning rate
     cosine: bool = True  # cosine decay of the learning rate to 0; v1: constant
@@ -104,7 +102,7 @@ class TrainConfig:
     num_samples: int = 6  # sample videos to write (the toy generates more, to count); 0: none
     sample_steps: int = 10  # denoising steps of sample videos; v1: 100
     guidance: float = 3.0  # classifier-free guidance of sample videos; v1's configs: 7
-    guidance_min_t: int = 600  # guide only at timesteps from this one up; v1: 0
+    guidance_min_t: int = 600  # use guidance only at timesteps >= this; v1: 0
     output_fps: int = 8  # frames per second of sample videos
 
 
@@ -237,6 +235,8 @@ def toy_caches(config, distributed):
     paths, for training and validation.
     """
     c, d, model = config, distributed, MODELS[config.model]
+    if c.stride != 1 or c.width not in (0, c.size):
+        raise UserError("the toy has --stride 1 and square frames: drop --stride and --width")
     vae = data.VAE("assets/vae")
     vae.check_size(c.frames, c.size, c.size, model.patch_size)
     t5 = data.T5("assets/t5", model.caption_length)
@@ -262,19 +262,19 @@ def open_cache(path, config):
 
 
 def open_data(config, distributed):
-    """[training Stream, validation Stream]."""
+    """The training and the validation Stream."""
     if config.data == "toy":
         caches = [open_cache(path, config) for path in toy_caches(config, distributed)]
         return [Stream(cache, range(len(cache)), config.seed) for cache in caches]
     cache = open_cache(config.data, config)
-    order = permutation(config.seed, len(cache), epoch=-1)  # of no epoch of training
+    order = permutation(config.seed, len(cache), epoch=-1)  # one that training never reaches
     held_out = min(len(cache) // 20, 64)
-    validation_rows = order[:held_out] or order  # of fewer than 20 clips: the training clips
+    validation_rows = order[:held_out] or order  # with fewer than 20 clips: the training clips
     return [Stream(cache, rows, config.seed) for rows in (order[held_out:], validation_rows)]
 
 
 # ---------------------------------------------------------------------------------------------
-# Random draws, each keyed on the sample's position in the stream
+# Random draws, each a function of the seed and the sample's position in the stream
 
 
 def draw(random, config, purpose, keys, *shape):
@@ -286,8 +286,8 @@ def draw(random, config, purpose, keys, *shape):
 def draw_timesteps(config, positions):
     """Timesteps t [B], 0 to 999: logit-normal (arXiv 2403.03206), or uniform if t_std is 0.
 
-    They are stratified: multiples of the golden ratio, modulo 1, are spread evenly over any range
-    of positions, so the mean loss of a batch varies less from step to step.
+    They are a low-discrepancy sequence: multiples of the golden ratio, modulo 1, are spread evenly
+    over any range of positions, so the mean loss of a batch varies less from step to step.
     """
     start = torch.rand((), generator=keyed_generator(config.seed, "timesteps")).item()
     u = torch.tensor([(start + p * 0.6180339887498949) % 1 for p in positions])  # [B]
@@ -313,9 +313,9 @@ def training_loss(config, model, null, batch, positions):
     schedule = schedule_on(device)
     x_t = sample.q_sample(schedule, x0, t, noise)
     out = model(x_t, t, y, mask)  # [B, 2C, T, H, W]
-    parts = sample.diffusion_loss(schedule, out, x0, x_t, t, noise)  # [B] each
-    loss = loss_weights(config, t) * (parts["mse"] + parts["vlb"])  # [B]
-    return torch.stack([loss.mean(), parts["mse"].mean(), parts["vlb"].mean()])
+    losses = sample.diffusion_loss(schedule, out, x0, x_t, t, noise)  # [B] each
+    loss = loss_weights(config, t) * (losses["mse"] + losses["vlb"])  # [B]
+    return torch.stack([loss.mean(), losses["mse"].mean(), losses["vlb"].mean()])
 
 
 @lru_cache(maxsize=4)
@@ -434,10 +434,11 @@ def write_samples(config, step, ema, vae, validation):
 
 
 def read_metrics(out):
-    """The lines of a run's metrics.jsonl. A run that was killed has those after its checkpoint
+    """The lines of a run's metrics.jsonl. After a crash it has the lines after the last checkpoint
     twice, on the CPU with the same numbers.
     """
-    return [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
+    text = (Path(out) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def write_metrics(out, line):
@@ -488,16 +489,18 @@ def plot_losses(out):
 
 def save_checkpoint(config, step, model, ema, optimizer, cache):
     """Write out/checkpoints/step_N atomically; delete all but the newest keep_checkpoints."""
-    c, (vae, t5) = config, cache.encoders
+    c = config
+    vae, t5 = cache.encoders  # names of their sources
     settings = dict(vae=vae, t5=t5, frames=c.frames, size=c.size, width=c.width or c.size)
-    guidance = dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
+    settings |= dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
+    settings |= dict(output_fps=c.output_fps)
     training = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     state = dict(step=step, config=asdict(c), data=cache.settings)
     folder = Path(c.out) / "checkpoints" / f"step_{step:08d}"
     tmp = folder.with_name("tmp")
     shutil.rmtree(tmp, ignore_errors=True)  # left by an interrupted save
     ema.save_pretrained(tmp)
-    data.write_json(tmp / "sample.json", settings | guidance | dict(output_fps=c.output_fps))
+    data.write_json(tmp / "sample.json", settings)
     torch.save(training, tmp / "training.pt")
     data.write_json(tmp / "state.json", state)
     os.replace(tmp, folder)
@@ -534,17 +537,20 @@ def request_stop(number, frame):
 
 
 def create_model(config, device, data_settings):
-    """(model, EMA model, optimizer, step), with random weights, those of --init, or resumed."""
+    """Returns model, EMA model, optimizer and step. The weights are random, those of --init, or
+    those of the newest checkpoint.
+    """
     torch.manual_seed(config.seed)
-    c, checkpoint = model_config(config), sample.newest_checkpoint(config.out)
+    stdit_config = model_config(config)
+    checkpoint = sample.newest_checkpoint(config.out)
     if config.init and not checkpoint:
-        model = sample.load_model(config.init, **vars(c)).train()
+        model = sample.load_model(config.init, **vars(stdit_config)).train()
     else:
-        model = STDiT(c)
+        model = STDiT(stdit_config)
     model.to(device)
     for name, p in model.named_parameters():
         p.requires_grad_(config.trainable == "all" or "_temp" in name)
-    ema = deepcopy(model).requires_grad_(False).eval()  # not wrapped, compiled or in a group
+    ema = deepcopy(model).requires_grad_(False).eval()  # without DDP, compiling and group
     trainable_params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable_params, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
@@ -569,11 +575,14 @@ def parallelize(model, config, distributed):
 
 # ---------------------------------------------------------------------------------------------
 # The loop
+#
+# `step` is the number of optimizer steps done; train_step does the next one. model is the bare
+# STDiT; ddp_model is the one to call, the same or wrapped in DDP.
 
 
 def train_step(config, step, model, ddp_model, ema, optimizer, stream, distributed):
-    """Optimizer step number `step`, counted from 0. Returns the means of loss, MSE and VLB over
-    this process's samples, [3], and the gradient norm.
+    """One optimizer step, after `step` others. Returns the means of loss, MSE and VLB over this
+    process's samples, [3], and the gradient norm.
     """
     null = model.y_embedder.y_embedding
     losses = torch.zeros(3, device=distributed.device)
@@ -581,11 +590,11 @@ def train_step(config, step, model, ddp_model, ema, optimizer, stream, distribut
     n = len(micro_batches)
     for k, positions in enumerate(micro_batches):
         batch = stream.batch(positions, distributed.device)
-        accumulate = ddp_model is not model and k < n - 1  # DDP averages in the last one
+        accumulate = ddp_model is not model and k < n - 1  # gradients are averaged in the last
         with ddp_model.no_sync() if accumulate else nullcontext():
-            parts = training_loss(config, ddp_model, null, batch, positions)  # [3]
-            (parts[0] / n).backward()  # micro-batches are equal, so the mean of means is the mean
-        losses += parts.detach() / n
+            means = training_loss(config, ddp_model, null, batch, positions)  # [3]
+            (means[0] / n).backward()  # micro-batches are equal, so the mean of means is the mean
+        losses += means.detach() / n
     # DDP has averaged the gradients, so all processes see the same norm and take the same branch.
     params = [p for p in model.parameters() if p.requires_grad]
     grad_norm = clip_grad_norm_(params, config.grad_clip).item()  # waits for the GPU
@@ -600,8 +609,8 @@ def train_step(config, step, model, ddp_model, ema, optimizer, stream, distribut
 
 
 def train(config, distributed=data.Distributed("cpu")):
-    """The whole run. `step` counts optimizer steps done. Only rank 0 saves and generates samples;
-    the others wait in the next all-reduce.
+    """The whole run. Only rank 0 saves and generates samples; the others wait in the next
+    all-reduce.
     """
     c, d, begin = config, distributed, time.time()
     stream, validation = open_data(c, d)

@@ -204,7 +204,7 @@ def test_a_folder_is_a_data_set_without_its_unreadable_clips(folder, encoders, t
     assert cache.captions == [clips.captions[row] for row in rows]
     for i, row in enumerate(rows):
         crop = data.read_frames(clips.rows[row][0], 12, 1, data.keyed_generator(3, "crop", row))
-        frames = data.resize_and_center_crop(crop, 32, 48)
+        frames = data.center_crop_and_resize(crop, 32, 48)
         x0 = encoders[0].encode(frames, data.keyed_generator(3, "posterior", row))
         assert_close(cache[i][0], x0, 4e-3, "fp16 storage of latents up to 8")
 

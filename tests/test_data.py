@@ -37,7 +37,7 @@ def test_temporal_crops_start_anywhere_that_leaves_room(tmp_path):
 
 @pytest.mark.parametrize("H, W", [(64, 64), (90, 160), (160, 90), (50, 200)])
 @pytest.mark.parametrize("height, width", [(64, 64), (32, 48)])
-def test_resize_and_center_crop_keeps_the_center_and_the_aspect_ratio(H, W, height, width):
+def test_center_crop_and_resize_keeps_the_center_and_the_aspect_ratio(H, W, height, width):
     """A disk in the center stays a disk in the center."""
 
     def distance(H, W):  # from the center, in pixels: [H, W]
@@ -45,7 +45,7 @@ def test_resize_and_center_crop_keeps_the_center_and_the_aspect_ratio(H, W, heig
         return (x**2 + y**2).sqrt()
 
     frames = (distance(H, W) < min(H, W) / 4).to(torch.uint8).mul(255).expand(2, 3, H, W)
-    out = data.resize_and_center_crop(frames, height, width)
+    out = data.center_crop_and_resize(frames, height, width)
     assert out.shape == (2, 3, height, width) and out.dtype == torch.uint8
     outside = distance(height, width) - min(H, W) / 4 / min(H / height, W / width)
     assert out[..., outside < -2].min() > 250 and out[..., outside > 2].max() < 5  # else blurred
