@@ -400,7 +400,7 @@ def test_sample_files_depend_on_seed_and_prompt_alone(finished, tmp_path, monkey
     assert set(image) == {"00_a-blue-square.png", "sheet.png"}
     assert data.read_frames(tmp_path / "e/00_a-blue-square.png", 1).shape == (1, 3, 64, 128)
     printed = capsys.readouterr().out
-    assert "8 frames of 64x64, guidance 1\n" in printed and "4 steps of ddim:" in printed
+    assert "8 frames of 64x64, guidance 1\n" in printed and "4 steps of ddim on " in printed
 
 
 # ------------------------------------------------------------------------------------ command lines
