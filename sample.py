@@ -220,7 +220,8 @@ SAMPLERS = {  # name: (its schedule, its step)
 # Sampling with classifier-free guidance
 #
 # Training replaces 10% of the captions by the null caption, so one network predicts the noise with
-# and without a caption. Sampling extrapolates from the second to the first (arXiv 2207.12598):
+# and without a caption. Sampling extrapolates from the prediction without the caption beyond the
+# one with it (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
 # where guidance 1 is the plain conditional prediction. At small t guidance only distorts shapes and
 # colors, so it can be limited to large t. (arXiv 2404.07724 also leaves out the largest.)

@@ -353,10 +353,10 @@ def update_ema(config, step, ema, model):
 # ---------------------------------------------------------------------------------------------
 # Evaluation
 #
-# The training loss hardly falls while videos improve, since most of it is noise that cannot be
-# predicted. Three other measures show progress: the validation loss in four bins of t, with fixed
-# noise; sample videos, always of the same captions and noise; and, on the toy, the number of videos
-# that match their caption according to data.detect.
+# The mean loss over t says little: at small t it is hundreds of times that at large t, where the
+# content of a video is decided. Three other measures show progress: the validation loss in four
+# bins of t, with fixed noise; sample videos, always of the same captions and noise; and, on the
+# toy, the number of videos that match their caption according to data.detect.
 
 
 @torch.no_grad()
@@ -515,7 +515,8 @@ def load_checkpoint(folder, model, ema, optimizer, data_settings):
         raise UserError(f"{folder} was trained on other data: resume with the same, or use --init")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
     model.load_state_dict(training["model"])
-    optimizer.load_state_dict(training["optimizer"])
+    groups = optimizer.state_dict()["param_groups"]  # options of this call, which may be new
+    optimizer.load_state_dict(training["optimizer"] | {"param_groups": groups})
     ema.load_state_dict(load_file(folder / "model.safetensors"))
     return state["step"]
 

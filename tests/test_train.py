@@ -441,6 +441,9 @@ def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy
         train.parse_command_line(["--out", config.out])
     resumed = train.parse_command_line(["--resume", "--out", config.out, "--steps", "9"])
     assert resumed == replace(config, steps=9, resume=True)
+    settings = data.LatentCache(config.data).settings
+    _, _, optimizer, _ = train.create_model(replace(resumed, beta2=0.5), "cpu", settings)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.5)
     new = train.parse_command_line(["--resume", "--out", config.out + "2"])
     assert new == TrainConfig(resume=True, out=config.out + "2")  # there is none: it begins
     with pytest.raises(UserError, match="was trained on other data: resume with the same"):
