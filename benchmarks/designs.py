@@ -59,6 +59,8 @@ BINS = ("0-249", "250-499", "500-749", "750-999")  # of t
 
 def finished(config):
     """Whether a run has written its last validation loss and its last samples."""
+    if not (Path(config.out) / "metrics.jsonl").exists():
+        return False
     end = {k for m in read_metrics(config.out) if m["step"] == config.steps for k in m}
     return "validation" in end and ("samples" in end or config.num_samples == 0)
 
