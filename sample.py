@@ -224,7 +224,8 @@ SAMPLERS = {  # name: (its schedule, its step)
 # one with it (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
 # where guidance 1 is the plain conditional prediction. At small t guidance only distorts shapes and
-# colors, so it can be limited to large t. (arXiv 2404.07724 also leaves out the largest.)
+# colors, so it can be limited to large t. (arXiv 2404.07724 also leaves out the largest.) There
+# DPM-Solver++ extrapolates once from a guided and an unguided x_0.
 
 
 def drop_captions(y, mask, drop, null):

@@ -231,14 +231,15 @@ def nearest_figure(model, vae, t5):
     images = torch.cat([videos[:, [0, 7]], clips[rows][:, [0, 7]]], dim=1).transpose(0, 1)
     titles = [caption[2:].replace(" moving ", " ").replace(" ", "\n") for caption in captions]
     labels = [f"{kind}\nframe {k}" for kind in ("generated", "nearest") for k in (0, 7)]
-    write_rows("nearest.png", images, labels, titles)
+    title = "four unseen captions, four seen ones"
+    write_rows("nearest.png", images, labels, titles, title=title)
 
 
 def toy_gif(model, vae, t5, size=160):
     """assets/toy.gif: eight captions drawn at random, each above its video."""
     order = torch.randperm(48, generator=keyed_generator("figures", "captions"))[:8]
     captions = [data.caption_of(data.TRIPLES[i]) for i in order]
-    frames, font = [], ImageFont.load_default(13)
+    frames, font = [], ImageFont.load_default(12)
     for images in generate_toy(model, vae, t5, captions).transpose(0, 1):  # [8, 3, 64, 64] each
         sheet = Image.new("RGB", (4 * (size + 8), 2 * (size + 28)), "white")
         draw = ImageDraw.Draw(sheet)
@@ -328,7 +329,7 @@ def block_figure():
         if gate:
             box(5.3, y, 0.92, *gate)
     style = {"ha": "right", "va": "center", "fontsize": 8.5}
-    axis.text(3.75, 2.15, "caption y", bbox={"facecolor": "white", "edgecolor": "white"}, **style)
+    axis.annotate("caption y", (3.81, 2.07), (3.3, 1.92), **style, **arrow)
     axis.text(7.85, 3.62, "table of the block\n+ modulation(t)", ha="center", fontsize=9)
     for k, (name, color) in enumerate(zip(vectors, colors)):
         box(7.1, 3.3 - 0.42 * k, 1.5, name, color)
@@ -365,6 +366,10 @@ def designs_figure():
                 style |= {"color": "white" if dark else "black"}
                 axis.text(x + width / 2, y + 0.17, text, **style)
         for row, kind in enumerate(["full"] if name == "full" else ["spatial", "temporal"]):
+            style = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8}
+            if k < 2:
+                text = "all tokens" if name == "full" else kind
+                axis.text(left - 0.06, -0.53 - 0.62 * row, text, **style)
             for token in range(4 * 16):  # 4 frames of 4 x 4 patches; the one in red is in frame 1
                 frame, i, j = token // 16, token // 4 % 4, token % 4
                 seen = kind == "full" or (frame == 1 if kind == "spatial" else (i, j) == (1, 2))
