@@ -2,15 +2,15 @@
 
     python data.py SOURCE --out DIR       encode all clips and captions once, into a latent cache
 
-A SOURCE is a folder of videos and images, each with its caption in a .txt of the same name, or a
-CSV with the header "path,text" (paths relative to its folder). The frozen VAE turns frames into
-latents and the frozen T5 turns captions into embeddings; neither is trained, so a cache stores
-their outputs. diffusers and transformers are imported where they are used, since that takes
-seconds. The first two sections are helpers shared by all scripts.
+A SOURCE is a folder of videos (with --frames 1 also images), each with its caption in a .txt of
+the same name, or a CSV with the header "path,text" (paths relative to its folder). The frozen VAE
+turns frames into latents and the frozen T5 turns captions into embeddings; neither is trained, so a
+cache stores their outputs. diffusers and transformers are imported where they are used, since that
+takes seconds. The first two sections are helpers shared by all scripts.
 
 Shapes in this file:
     B batch    T frames    C latent channels (4)    L caption tokens    E caption channels
-    H, W height and width in pixels (in the other files of latents, here H/8 and W/8)
+    H, W height and width in pixels; in the other files those of latents, an eighth of them
 """
 
 import csv
@@ -171,14 +171,14 @@ def barrier():
 # decoding any; decoding then starts at the keyframe before the first of them and stops at the last.
 # v1 decoded the whole video. An image is a video of one frame.
 
-NOT_CLIPS = {".txt", ".csv", ".json", ".md", ".srt", ".vtt"}
+NOT_CLIPS = {".txt", ".csv", ".json", ".md", ".srt", ".vtt", ".safetensors"}
 
 
 class UnreadableClip(Exception):
     """A clip that cannot be used, and why. It is reported and skipped."""
 
 
-def read_table(source):
+def list_clips(source):
     """The list of (path, caption) of a folder or a CSV. A caption may be empty."""
     source, rows = Path(source), []
     require(source.exists(), f"{source} not found; give a folder of clips, or a CSV: path,text")
@@ -286,7 +286,7 @@ class Clips:
     """
 
     def __init__(self, source, frames, stride, size, width, seed):
-        self.rows = read_table(source)
+        self.rows = list_clips(source)
         self.captions = [text for _, text in self.rows]
         listed = [(os.path.relpath(path, source), text) for path, text in self.rows]
         identity = hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
@@ -328,10 +328,8 @@ def write_video(path, frames, fps):
     atomic_write(path, write)
 
 
-def to_image(frame, height):
-    """The PIL image of a frame, uint8 [3, H, W], enlarged to about `height` by an integer
-    factor.
-    """
+def to_image(frame, height=0):
+    """The PIL image of a frame, uint8 [3, H, W]; a small one is enlarged to about `height`."""
     factor = max(1, round(height / frame.shape[-2]))
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -484,7 +482,9 @@ def fingerprint(vae, t5):
 # reads their outputs in every epoch: for each clip one safetensors file with the latents of one
 # temporal crop, sampled from the VAE's posterior, and the T5 embeddings without padding, in fp16,
 # which is enough for outputs (only activations inside T5 overflow). 64x512x512 pixels take 2.1 MB,
-# 120 tokens of T5-XXL 0.98 MB. index.json is written last: a cache that has it is complete.
+# 120 tokens of T5-XXL 0.98 MB. index.json is written last: a cache that has it is complete. The
+# crop is the same in all epochs, so cut long videos into clips first; and write captions first,
+# since a cache belongs to one list of clips and captions.
 
 
 def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
@@ -499,9 +499,8 @@ def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
     if (out / "settings.json").exists():
         found = json.loads((out / "settings.json").read_text())
         if found != settings:
-            raise UserError(
-                f"{out} was made with {found}, not {settings}: delete it or change --out"
-            )
+            changed = ", ".join(k for k in settings if found.get(k) != settings[k])
+            raise UserError(f"{out} was made with other {changed}: delete it or change --out")
     elif rank == 0:
         write_json(out / "settings.json", settings)
 
@@ -544,11 +543,11 @@ class LatentCache:
         return len(self.files)
 
     def __getitem__(self, i):
-        sample, length = load_file(self.files[i]), self.settings["caption_length"]
-        y = sample["y"].float()  # [tokens, E]
+        tensors, length = load_file(self.files[i]), self.settings["caption_length"]
+        y = tensors["y"].float()  # [tokens, E]
         mask = torch.arange(length) < len(y)
         y = torch.nn.functional.pad(y, (0, 0, 0, length - len(y)))  # [L, E]
-        return sample["latents"].float(), y, mask
+        return tensors["latents"].float(), y, mask
 
 
 # ---------------------------------------------------------------------------------------------

@@ -125,14 +125,14 @@ def log_variance(schedule, v, t):
 # ---------------------------------------------------------------------------------------------
 # Loss
 #
-# The mean squared error of the predicted noise is a reweighted variational bound and gives better
-# images than the bound itself, but it does not train the variance. So the bound (VLB) is added for
-# the variance channels alone: the mean inside it is detached (IDDPM, section 3.1).
+# The mean squared error of the predicted noise is a reweighted variational lower bound (VLB) and
+# gives better images than the VLB itself, but it does not train the variance. So the VLB is added
+# for the variance channels alone: the mean inside it is detached (IDDPM, section 3.1).
 
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Returns a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the bound at t, in bits per dimension. v1 trains on their sum. (IDDPM weights the bound
+    term of the VLB at t, in bits per dimension. v1 trains on their sum. (IDDPM weights the VLB
     with 0.001 but sums over 1000 steps, which is the same.)
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
@@ -224,8 +224,8 @@ SAMPLERS = {  # name: (its schedule, its step)
 # one with it (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
 # where guidance 1 is the plain conditional prediction. At small t guidance only distorts shapes and
-# colors, so it can be limited to large t. (arXiv 2404.07724 also leaves out the largest.) There
-# DPM-Solver++ extrapolates once from a guided and an unguided x_0.
+# colors, so it can be limited to large t. (arXiv 2404.07724 also leaves out the largest. At the
+# switch DPM-Solver++ extrapolates from one guided and one unguided x_0.)
 
 
 def drop_captions(y, mask, drop, null):
@@ -408,7 +408,7 @@ def write_videos(out, prompts, videos, fps):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         path = Path(out) / f"{i:02d}_{slug}"
         if len(video) == 1:
-            data.to_image(video[0], height=1).save(f"{path}.png")  # not enlarged
+            data.to_image(video[0]).save(f"{path}.png")
             print(f"{path}.png")
         else:
             data.write_video(path.with_suffix(".mp4"), video, fps)

@@ -44,7 +44,7 @@ class STDiTConfig:
     in_channels: int = 4  # C, given by the VAE
     caption_channels: int = 4096  # E, given by the text encoder; T5-XXL has 4096
     caption_length: int = 120  # L, maximum number of caption tokens
-    variant: str = "sequential"  # arrangement of the attentions, one of VARIANTS; v1: sequential
+    variant: str = "sequential"  # design of the block, one of VARIANTS; v1: sequential
     space_scale: float | tuple = 1.0  # spatial position = index / scale; a pair is (h, w)
     time_scale: float = 1.0  # temporal position = index / scale
 
@@ -88,13 +88,13 @@ def get_1d_sincos_pos_embed(length, dim, scale):
 
 @lru_cache(maxsize=32)  # every step uses the same few grids
 def spatial_pos_embed(h, w, dim, scale, device):
-    """fp32 [S, D], row-major in (h, w). The first half of the channels encodes x (the column), the
-    second y (the row). scale: a number or a pair (scale_h, scale_w).
+    """fp32 [S, D], row-major in (h, w). The first half of the channels encodes the column, the
+    second the row, as in the released weights. scale: a number or a pair (scale_h, scale_w).
     """
     scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
-    x = get_1d_sincos_pos_embed(w, dim // 2, scale_w).expand(h, -1, -1)  # [h, w, D/2]
-    y = get_1d_sincos_pos_embed(h, dim // 2, scale_h)[:, None].expand(-1, w, -1)  # [h, w, D/2]
-    return torch.cat([x, y], dim=-1).flatten(0, 1).float().to(device)
+    column = get_1d_sincos_pos_embed(w, dim // 2, scale_w).expand(h, -1, -1)  # [h, w, D/2]
+    row = get_1d_sincos_pos_embed(h, dim // 2, scale_h)[:, None].expand(-1, w, -1)  # [h, w, D/2]
+    return torch.cat([column, row], dim=-1).flatten(0, 1).float().to(device)
 
 
 @lru_cache(maxsize=32)
@@ -130,9 +130,9 @@ class CrossAttention(nn.Module):
     """Tokens attend to the caption. x [B, T, S, D], y [B, L, D], mask [B, L], True at real tokens;
     returns [B, T, S, D].
 
-    Frames are folded into the batch, and the caption's keys are repeated for each frame. The
-    backward pass of fused attention is parallel over batch, heads and keys; the L keys of one video
-    alone would not fill a GPU.
+    Frames are folded into the batch, and the caption's keys are repeated for each frame. Otherwise
+    T*S queries would share L = 120 keys, and the backward pass of fused attention, which is
+    parallel over batch, heads and keys, would use little of a GPU.
     """
 
     def __init__(self, dim, heads):
@@ -205,9 +205,9 @@ def split_frames(x, group):
 def gather_frames(x, group):
     """The frames of all processes, [B, T, ...], on each of them. x [B, T/n, ...].
 
-    Every process computes the same loss, so the backward pass multiplies the gradient of a
-    process's frames by n; DDP's average over all processes removes this factor. (An all-to-all of
-    copies is an all-gather; the differentiable all-gather in torch has been renamed several times.)
+    Every process computes the same loss and returns the gradient of these frames, and the backward
+    pass sums the n equal ones; DDP's average over all processes removes the factor n. (An
+    all-to-all of copies is an all-gather.)
     """
     if group is None:
         return x
@@ -229,7 +229,7 @@ def gather_frames(x, group):
 # To match the released weights, temporal attention has no norm, no shift and scale, and shares the
 # gate of spatial attention; cross-attention has neither norm nor gate.
 #
-# The report compares four variants:
+# The report compares four designs:
 #     full        one attention over all tokens
 #     sequential  spatial, then temporal attention: the choice of v1
 #     parallel    both on the input of the block, outputs added; same weight names as sequential
@@ -275,7 +275,7 @@ SAVED_OPS = [
 class STDiTBlock(nn.Module):
     """One block. activation_checkpointing says what is kept for the backward pass: "none": all
     activations; "full": the block's inputs, and the block is recomputed; "selective": also the
-    outputs of SAVED_OPS (18 D numbers per token if sequential or parallel), so only norms and
+    outputs of SAVED_OPS (18 D values per token if sequential or parallel), so only norms and
     elementwise operations are recomputed.
     """
 
@@ -427,7 +427,7 @@ def autocast(device):
 
 class STDiT(nn.Module, PyTorchModelHubMixin):
     """STDiT-XL/2 has 759,620,768 parameters, 610,856,096 of them from PixArt-alpha. save_pretrained
-    writes config.json and model.safetensors, which sample.load_model reads.
+    writes config.json and model.safetensors, which sample.load_model reads, and a model card.
     """
 
     def __init__(self, config: STDiTConfig):
@@ -485,8 +485,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         x = self.x_embedder(x) + spatial_pos_embed(h, w, c.hidden_size, c.space_scale, x.device)
         temporal_pos = temporal_pos_embed(T, c.hidden_size, c.time_scale, x.device)
         temporal_pos = split_frames(temporal_pos, group)  # [1, T, 1, D]
-        # full and latte add it to the tokens themselves. Without it, a single frame is processed as
-        # by an image model.
+        # full and latte add it to the tokens themselves; a single frame gets none, so that they
+        # process it as an image model does.
         if T == 1 and c.variant in ("full", "latte"):
             temporal_pos = 0.0
         t_emb = self.t_embedder(t)  # [B, D]

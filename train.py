@@ -60,13 +60,13 @@ class TrainConfig:
     out: str = ""  # folder of the run; default: out/PRESET
     # model
     model: Literal[tuple(MODELS)] = "toy"  # size of the network, see MODELS in stdit.py
-    variant: Literal[VARIANTS] = "sequential"  # combination of spatial and temporal attention
+    variant: Literal[VARIANTS] = "sequential"  # design of the block, see stdit.py
     init: str = ""  # pretrained weights: run, folder of tools/convert_weights.py, or Hub name
     space_scale: float = 0.0  # spatial position = index / scale; 0: sqrt(size * width) / 512
     time_scale: float = 0.0  # temporal position = index / scale; 0: that of the model
     trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: temporal attention
     # data
-    data: str = "toy"  # latent cache made by data.py, or toy; 1 in 20 clips is held out
+    data: str = "toy"  # latent cache of data.py, or toy; 1 in 20 clips is held out, at most 64
     toy_clips: int = 2048  # training clips of the toy
     frames: int = 8  # frames of a clip
     size: int = 64  # height in pixels
@@ -93,8 +93,8 @@ class TrainConfig:
     sp: int = 1  # processes that share each video (sequence parallelism)
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # stdit.STDiTBlock
     compile: bool = HAS_COMPILER  # torch.compile the blocks, where there is a C++ compiler
-    # output
-    log_every: int = 50  # steps between lines of metrics.jsonl
+    # output; 0 steps between two of a kind: only at the end
+    log_every: int = 50  # steps between lines of metrics.jsonl, each of one step
     eval_every: int = 500  # steps between validation losses
     sample_every: int = 1500  # steps between sample videos, always of the same captions and noise
     save_every: int = 500  # steps between checkpoints
@@ -268,7 +268,7 @@ def open_data(config, distributed):
         caches = [open_cache(path, config) for path in toy_caches(config, distributed)]
         return [Stream(cache, range(len(cache)), config.seed) for cache in caches]
     cache = open_cache(config.data, config)
-    order = permutation(config.seed, len(cache), epoch=-1)  # one that training never reaches
+    order = permutation(0, len(cache), epoch=-1)  # the same for every seed and later stage
     held_out = min(len(cache) // 20, 64)
     validation_rows = order[:held_out] or order  # with fewer than 20 clips: the training clips
     return [Stream(cache, rows, config.seed) for rows in (order[held_out:], validation_rows)]
@@ -326,8 +326,8 @@ def schedule_on(device):
 
 def loss_weights(config, t):
     """Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4, prediction of
-    noise). Without them the loss at small t is hundreds of times that at large t, where the content
-    of a video is decided. The paper uses min_snr = 5; 0.03 was found on the toy.
+    noise). The content of a video is decided at large t, where the loss without weights is hundreds
+    of times smaller than at small t. The paper uses min_snr = 5; 0.03 was found on the toy.
     """
     schedule = schedule_on(t.device)
     snr = (schedule.alpha[t] / schedule.sigma[t]).square()  # [B]
@@ -354,10 +354,10 @@ def update_ema(config, step, ema, model):
 # ---------------------------------------------------------------------------------------------
 # Evaluation
 #
-# The mean loss over t says little: at small t it is hundreds of times that at large t, where the
-# content of a video is decided. Three other measures show progress: the validation loss in four
-# bins of t, with fixed noise; sample videos, always of the same captions and noise; and, on the
-# toy, the number of videos that match their caption according to data.detect.
+# The mean loss over t says little, because it comes mostly from small t. Three other measures show
+# progress: the validation loss in four bins of t, with fixed noise; sample videos, always of the
+# same captions and noise; and, on the toy, the number of videos that match their caption according
+# to data.detect.
 
 
 @torch.no_grad()
@@ -471,10 +471,11 @@ def plot_losses(out):
     lines, figure = read_metrics(out), Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="step", ylabel="mean squared error of the noise", yscale="log")
-    train = [(m["step"], m["mse"]) for m in lines if m.get("mse") is not None]
-    axes.plot(*zip(*train), color="0.8", label="training")
-    steps, losses = zip(*[(m["step"], m["validation"]) for m in lines if "validation" in m])
-    axes.plot(steps, losses, label=[f"validation, t {b}-{b + 249}" for b in range(0, 1000, 250)])
+    train = {m["step"]: m["mse"] for m in lines if m.get("mse") is not None}
+    axes.plot(*zip(*train.items()), color="0.8", label="training, single steps")
+    validation = {m["step"]: m["validation"] for m in lines if "validation" in m}
+    labels = [f"validation, t {b}-{b + 249}" for b in range(0, 1000, 250)]
+    axes.plot(*zip(*validation.items()), label=labels)
     figure.legend(loc="outside right upper")
     data.atomic_write(Path(out) / "loss.png", lambda tmp: figure.savefig(tmp, format="png"))
 
@@ -534,7 +535,7 @@ def request_stop(number, frame):
     """
     global stop_requested
     stop_requested = True
-    print0("stopping after this step; Ctrl-C again stops at once, without saving")
+    print0("stopping after the next step; Ctrl-C again stops at once, without saving")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -632,7 +633,7 @@ def train(config, distributed=data.Distributed("cpu")):
     bar = tqdm(total=c.steps, initial=start, disable=None if d.rank == 0 else True)
 
     def due(every):
-        return step == c.steps or (step > 0 and step % every == 0)
+        return step >= c.steps or (step > 0 and every > 0 and step % every == 0)
 
     while True:
         # After `step` steps: save, stop, evaluate, sample; then train. Saving comes first, because
@@ -653,7 +654,7 @@ def train(config, distributed=data.Distributed("cpu")):
                 plot_losses(c.out)
         if vae and due(c.sample_every):
             write_metrics(c.out, write_samples(c, step, ema, vae, validation))
-        if step == c.steps:
+        if step >= c.steps:
             break
 
         clock = time.time()

@@ -295,4 +295,4 @@ def test_captions_are_those_of_transformers_llava_for_three_frames(llava, tmp_pa
     assert f"skipped {tmp_path / 'gone.mp4'}: " in capsys.readouterr().err
     config = replace(config, overwrite=True, batch_size=1)
     assert caption.write_captions(config) == 3  # one by one
-    assert [text for _, text in data.read_table(table)] == [*map(data.clean_caption, expected), ""]
+    assert [text for _, text in data.list_clips(table)] == [*map(data.clean_caption, expected), ""]

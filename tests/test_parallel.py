@@ -5,11 +5,12 @@ runs are in test_train.py.
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 from test_train import SHORT
 
-import data
 import sample
 import train
 
@@ -94,5 +95,6 @@ def test_a_video_sampled_by_two_processes_is_that_of_one(toy, tmp_path, monkeypa
     assert done.stdout.count("sheet.png") == 1  # rank 0 alone writes and prints
     monkeypatch.setattr(sys, "argv", ["sample.py", *argv, "--out", str(tmp_path / "one")])
     sample.main()
-    one, two = (data.read_frames(next((tmp_path / out).glob("*.mp4")), 8) for out in ("one", "two"))
-    assert (one.float() - two.float()).abs().max() <= 12  # rounding, through H.264
+    sheets = (Image.open(tmp_path / out / "sheet.png").convert("RGB") for out in ("one", "two"))
+    one, two = (np.asarray(sheet, dtype=float) for sheet in sheets)
+    assert one.shape == two.shape and np.abs(one - two).max() <= 2  # of 255: rounding

@@ -82,7 +82,7 @@ def write_csv(path, table):
 
 def write_captions(config, device="cpu"):
     """Caption the clips of a folder or CSV -> the number of captions written."""
-    c, source, rows, written = config, Path(config.source), data.read_table(config.source), 0
+    c, source, rows, written = config, Path(config.source), data.list_clips(config.source), 0
     if source.is_file():
         with open(source, newline="", encoding="utf-8-sig") as file:
             table = list(csv.DictReader(file))  # all columns; in the order of rows

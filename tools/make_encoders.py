@@ -52,7 +52,7 @@ def free_frames(n, generator):
 
 
 def make_vae(out, steps, batch=24):
-    """Train, whiten, save. Loss: MSE and a little KL. Noise of 30% of each channel's standard
+    """Train, standardize, save. Loss: MSE and a little KL. Noise of 30% of each channel's standard
     deviation is added to the latents, because the decoder will get those of a sampler, which are
     not exact.
     """
@@ -68,7 +68,7 @@ def make_vae(out, steps, batch=24):
         norm_num_groups=8,
         mid_block_add_attention=False,
         sample_size=64,
-        scaling_factor=1.0,  # the latents are whitened below
+        scaling_factor=1.0,  # the latents are standardized below
     ).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, weight_decay=0)
     for step in range(steps):
@@ -87,12 +87,12 @@ def make_vae(out, steps, batch=24):
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step:5d}  mse {mse.item():.1e}  kl {kl.item():.2f}", flush=True)
-    whiten(vae, toy_frames(512, generator))
+    standardize(vae, toy_frames(512, generator))
     vae.half().save_pretrained(out)
 
 
 @torch.no_grad()
-def whiten(vae, x):
+def standardize(vae, x):
     """Change weights so that the toy's latents have zero mean and unit variance in each channel.
 
     z' = (z - m) / s is a 1x1 convolution, and so are the VAE's last layer before the latents and
@@ -112,7 +112,7 @@ def whiten(vae, x):
     post.bias += post.weight[:, :, 0, 0] @ m
     post.weight *= s.view(1, 4, 1, 1)
     z = vae.encode(x).latent_dist.mean
-    print("whitened   ", z.mean((0, 2, 3)).tolist(), z.std((0, 2, 3)).tolist())
+    print("standardized", z.mean((0, 2, 3)).tolist(), z.std((0, 2, 3)).tolist())
     print(f"largest change of the images {(vae.decode(z).sample - before).abs().max():.1e}")
 
 

@@ -143,19 +143,21 @@ def attention_figure(model, vae, x0, y, mask):
         axis.add_patch(Rectangle((16 * column - 0.5, 16 * row - 0.5), 16, 16, fill=False, **edge))
     axes = bottom.subplots(2, n)
     highest = max(100 * w[s, frame].max().item() for w in weights[1::2])
+    brightest = max(w[frame, s].max().item() for w in weights[::2])
     for i in range(n):
         space, time = weights[2 * i][frame, s].view(4, 4), weights[2 * i + 1][s, frame]
-        axes[0, i].imshow(space, cmap="viridis", vmin=0)
+        axes[0, i].imshow(space, cmap="viridis", vmin=0, vmax=brightest)
         edge = {"fill": False, "edgecolor": "white", "linewidth": 2}
         axes[0, i].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **edge))
         for k, weight in enumerate(space.flatten()):
-            color = "white" if weight < 0.6 * space.max() else "black"
+            color = "white" if weight < 0.6 * brightest else "black"
             style = {"ha": "center", "va": "center", "color": color}
             axes[0, i].text(k % 4, k // 4, f"{100 * weight:.0f}", **style)
         axes[0, i].set(title=f"block {i}", xticks=[], yticks=[])
-        axes[1, i].bar(range(T), 100 * time, color=["C1" if k == frame else "C0" for k in range(T)])
+        axes[1, i].bar(range(T), 100 * time)
         axes[1, i].set(xticks=range(T), xlabel="frame", ylim=(0, 1.05 * highest))
-    axes[0, 0].set_ylabel("spatial, %")
+        axes[1, i].get_xticklabels()[frame].set_weight("bold")
+    axes[0, 0].set_ylabel(f"spatial, frame {frame}, %")
     axes[1, 0].set_ylabel("temporal, %")
     save(figure, "attention.png")
 
@@ -193,7 +195,7 @@ def sampling_figure(model, vae, y, mask):
             columns.append(torch.cat([decode(vae, x)[0, [0, 7]], decode(vae, x0)[0, [0, 7]]]))
             titles.append(f"{20 - i}: t = {t}")
         x = step(schedule, x, i, x0, eps, v, None, x0_last)
-    labels = [f"{name}\nframe {k}" for name in ("$x_t$", "predicted $x_0$") for k in (0, 7)]
+    labels = [f"{name}\nframe {k}" for name in ("decoded $x_t$", "predicted $x_0$") for k in (0, 7)]
     write_rows("sampling.png", torch.stack(columns, dim=1), labels, titles)
 
 
@@ -265,7 +267,8 @@ def loss_figure(run):
         points = [(m["step"], *m["accuracy"][name]) for m in metrics if "accuracy" in m]
         steps, shares = zip(*[(step, 100 * n / total) for step, n, total in points])
         axis.plot(steps, shares, "o-", ms=4, color=color, label=f"{name} captions")
-    axis.set(xlim=(0, None), ylim=(-3, 103), title="videos that match their captions, %")
+    axis.set(xlim=(0, None), ylim=(-3, 103), xlabel="steps")
+    axis.set_title("videos that match their captions, %")
     axis.grid(color="0.9")
     axis.legend(loc="upper left")
     for b, axis in enumerate(bottom.subplots(1, 4)):
@@ -289,9 +292,9 @@ def block_figure():
     ]
     operations = ["spatial attention", "temporal attention", "cross-attention", "MLP"]
     gates = [("× gate_attn", colors[2])] * 2 + [None, ("× gate_mlp", colors[5])]
-    figure = Figure(figsize=(9, 3.9))
+    figure = Figure(figsize=(9, 4))
     axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, 9), ylim=(0, 3.9))
+    axis.set(xlim=(0, 9), ylim=(0, 4))
     axis.axis("off")
 
     def box(x, y, width, text, color):
@@ -339,7 +342,7 @@ def block_figure():
 def designs_figure():
     """The four designs: the operations of a block, from bottom to top."""
     space, time = ("spatial", "C0"), ("temporal", "C1")
-    caption, mlp = ("caption", "0.75"), ("MLP", "0.88")
+    caption, mlp = ("cross-attention", "0.75"), ("MLP", "0.88")
     parts = {
         "full": [[("all tokens", "C3")], [caption], [mlp]],
         "sequential": [[space], [time], [caption], [mlp]],
@@ -357,6 +360,11 @@ def designs_figure():
         axis.annotate("", (middle, 0.42 + 0.56 * len(rows)), (middle, 0), **arrow)
         for r, boxes in enumerate(rows):
             width, y = (1.76 - 0.16 * len(boxes)) / len(boxes), 0.3 + 0.56 * r
+            if len(boxes) == 2:  # the same input for both, and the sum of their outputs
+                centers = [left + width / 2] * 2 + [left + 1.5 * width + 0.16] * 2
+                axis.plot([middle] * 2, [y - 0.09, y + 0.43], color="white", lw=3, zorder=0)
+                axis.plot(centers, [y, y - 0.1, y - 0.1, y], color="0.3", lw=1, zorder=0)
+                axis.plot(centers, [y, y + 0.44, y + 0.44, y], color="0.3", lw=1, zorder=0)
             for i, (text, color) in enumerate(boxes):
                 x = left + i * (width + 0.16)
                 style = {"boxstyle": "round,pad=0.04", "facecolor": color, "edgecolor": "0.3"}
