@@ -61,7 +61,7 @@ def run_command(main):
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or dist.is_initialized():  # before, all ranks fail alike, so one prints
+        if rank == "0" or dist.is_initialized():  # before that all ranks fail alike: one prints
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():  # not after a failure, where it could hang
@@ -76,7 +76,7 @@ def keyed_generator(*key):
     checkpoints need no generator state.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # positive
 
 
 def atomic_write(path, write):
@@ -385,7 +385,9 @@ def default_dtype(device):
 
 
 class VAE:
-    """A frozen image VAE applied to videos; bf16 on CUDA by default, else fp32."""
+    """A frozen image VAE applied to videos, micro_batch frames at a time; bf16 on CUDA by default,
+    else fp32.
+    """
 
     def __init__(self, source, device="cpu", dtype=None, micro_batch=16):
         from diffusers import AutoencoderKL
@@ -654,9 +656,9 @@ def fit_shapes(cover):
 def detect(video):
     """The triple that a toy clip shows, or None. video [T, 3, H, W], uint8 or float in [0, 255].
 
-    The color is that of the strongest pixels, the shape the one with the highest overlap, averaged
-    over frames; the direction comes from a line fitted to the centers. The thresholds were fixed on
-    drawn clips and their VAE reconstructions.
+    The color is that of the pixels farthest from the background color, the shape the one with the
+    highest overlap, averaged over frames; the direction comes from a line fitted to the centers.
+    The thresholds were fixed on drawn clips and their VAE reconstructions.
     """
     T, _, _, size = video.shape
     offset = video.float() - torch.tensor(BACKGROUND).view(3, 1, 1)  # [T, 3, H, W]
@@ -704,8 +706,9 @@ class Toy:
         self.split, triples = split, SEEN if split == "train" else TRIPLES
         self.triples = [triples[i % len(triples)] for i in range(clips)]
         self.captions = [caption_of(triple) for triple in self.triples]
-        name = f"toy {split} {clips}"  # the same settings as those of Clips
-        self.settings = dict(clips=name, frames=frames, stride=1, size=size, width=size, seed=0)
+        # The same settings as those of Clips. After a change of draw_clip delete the toy's caches.
+        identity = hashlib.sha256(repr((split, self.captions, COLORS)).encode()).hexdigest()[:12]
+        self.settings = dict(clips=identity, frames=frames, stride=1, size=size, width=size, seed=0)
 
     def __len__(self):
         return len(self.triples)

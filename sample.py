@@ -165,8 +165,9 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # Sampler steps
 #
 # A step computes x_{t-1} from x_t and the predicted noise. DDPM samples from the predicted
-# Gaussian. DDIM solves an ODE with the same marginals; without noise, fewer steps suffice.
-# DPM-Solver++ solves that ODE to second order, extrapolating x_0 from its last two predictions.
+# Gaussian. DDIM integrates the probability-flow ODE, which has the same marginals; without noise,
+# fewer steps suffice. DPM-Solver++ solves it to second order, extrapolating x_0 from its last two
+# predictions.
 #
 # All steps have the same arguments and return x, one step closer to x_0:
 #     x        x_t [B, C, T, H, W]
@@ -332,7 +333,7 @@ def newest_checkpoint(run):
     return max(Path(run).glob("checkpoints/step_*"), default=None)
 
 
-CONVERT = "weights of Open-Sora, PixArt-alpha and Latte need tools/convert_weights.py first"
+CONVERT = "released weights need tools/convert_weights.py, a run has none before --save-every steps"
 
 
 def find_weights(source):
@@ -378,7 +379,7 @@ class SampleConfig:
     output_fps: int | None = None  # frames per second of the files; None: as in training
     steps: int = 50  # denoising steps; v1: 100
     sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # dpm: DPM-Solver++(2M), good with 20 steps
-    guidance: float | None = None  # classifier-free guidance, 1: none; v1: 7; None: as in training
+    guidance: float | None = None  # classifier-free guidance, 1: none; v1: 7; None: as stored
     guidance_min_t: int | None = None  # use guidance only at timesteps >= this; v1: 0
     v1_guidance: bool = False  # as v1: guide 3 of 4 channels, null caption with the prompt's mask
     space_scale: float | None = None  # spatial position = index / scale; None: as in training

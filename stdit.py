@@ -132,7 +132,7 @@ class CrossAttention(nn.Module):
 
     Frames are folded into the batch, and the caption's keys are repeated for each frame. Otherwise
     T*S queries would share L = 120 keys, and the backward pass of fused attention, which is
-    parallel over batch, heads and keys, would use little of a GPU.
+    parallel over batch, heads and keys, would use little of a GPU (not measured).
     """
 
     def __init__(self, dim, heads):
@@ -205,9 +205,9 @@ def split_frames(x, group):
 def gather_frames(x, group):
     """The frames of all processes, [B, T, ...], on each of them. x [B, T/n, ...].
 
-    Every process computes the same loss and returns the gradient of these frames, and the backward
-    pass sums the n equal ones; DDP's average over all processes removes the factor n. (An
-    all-to-all of copies is an all-gather.)
+    Each process computes the same loss on all frames. So in the backward pass a process receives n
+    equal gradients for its frames and sums them; DDP's average over all processes divides by n.
+    (An all-to-all of copies is an all-gather.)
     """
     if group is None:
         return x
@@ -397,8 +397,8 @@ class CaptionEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, T, S, D] and the timestep embedding [B, D], the output of t_embedder, not of
-    t_block -> patches [B, T, S, pt*ph*pw*2C].
+    """(x [B, T, S, D], t_emb [B, D]) -> patches [B, T, S, pt*ph*pw*2C]. t_emb is the output of
+    t_embedder, not of t_block.
     """
 
     def __init__(self, config):

@@ -444,6 +444,8 @@ def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy
     settings = data.LatentCache(config.data).settings
     _, _, optimizer, _ = train.create_model(replace(resumed, beta2=0.5), "cpu", settings)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.5)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        train.create_model(replace(resumed, trainable="temporal"), "cpu", settings)
     new = train.parse_command_line(["--resume", "--out", config.out + "2"])
     assert new == TrainConfig(resume=True, out=config.out + "2")  # there is none: it begins
     with pytest.raises(UserError, match="was trained on other data: resume with the same"):
