@@ -132,8 +132,8 @@ def log_variance(schedule, v, t):
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Returns a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the VLB at t, in bits per dimension. v1 trains on their sum. (IDDPM weights the VLB
-    with 0.001 but sums over 1000 steps, which is the same.)
+    term of the VLB at t, in bits per dimension. v1 trains on their sum. (IDDPM weights the VLB with
+    0.001 but sums over the steps; with 1000 steps this is the same.)
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """

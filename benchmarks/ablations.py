@@ -18,7 +18,7 @@ report's from PixArt-alpha.
 
 progressive: 8x32x32, then 8x64x64, then 16x64x64, with positions rescaled from stage to stage; and
 16x64x64 from the start, for the number of steps at which both cost the same FLOPs. Each run has its
-own warm-up and cosine, from 2e-3 to 0; stages that start from weights begin at 1e-3.
+own warm-up and cosine, from the peak to 0; stages that start from weights begin at 1e-3.
 
 After so few steps hardly a video matches its caption, so the last two compare the validation loss
 alone.
@@ -105,7 +105,7 @@ def progressive(quick, seeds, jobs):
         for k in (1, 2):
             chain[k] = replace(chain[k], init=chain[k - 1].out)
     cost = sum(c.steps * tflop_per_step(c) for c in chains[0])
-    start = long | {"lr": 2e-3, "warmup": 100}  # as the first stage
+    start = long | {"lr": PRESETS["toy"].lr, "warmup": 100}  # as the first stage
     steps = round(cost / tflop_per_step(arm("", 0, False, steps=1000, **start)))
     at_once = [(arm("at-once", s, quick, steps=steps, **start),) for s in seeds]
     for k in (0, 1):  # the last stage runs with the other arm

@@ -1,6 +1,4 @@
-"""FLOPs and memory as benchmarks/speed.py counts and predicts them, against products of sizes and
-against what a model keeps.
-"""
+"""FLOPs and memory as benchmarks/speed.py counts and predicts them; the benchmarks run."""
 
 import subprocess
 import sys

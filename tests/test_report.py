@@ -105,7 +105,7 @@ def test_A4_tables_of_designs_and_ablations_show_the_stored_results():
     assert [line for line in "\n".join(tables).splitlines() if line not in text] == []
     steps = stored["setting"]["steps"]
     for variant, runs in stored["results"].items():
-        assert len(runs) == len(stored["seeds"]) == 3
+        assert len(runs) == len(stored["seeds"])
         parameters = sum(p.numel() for p in on_meta(replace(TOY, variant=variant)).parameters())
         for run in runs:
             assert run["accuracy"][-1]["step"] == run["validation"][-1]["step"] == steps

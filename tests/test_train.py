@@ -234,10 +234,7 @@ CASES += [pytest.param(*case, marks=SLOW) for case in OTHER]
 
 @pytest.mark.parametrize("processes, options", CASES)
 def test_any_number_of_processes_gives_the_numbers_of_one(config, toy, processes, options):
-    """... also resumed in another number of processes, and with sequence parallelism. Clips,
-    timesteps, noise and dropped captions are those of the global batch, so validation losses and
-    samples agree as well.
-    """
+    """... also resumed in another number, and with sp: losses, validation, sample videos."""
     samples = {"data": str(toy / "validation"), "num_samples": 2, "sample_steps": 2}
     every = {"save_every": 4, "eval_every": 12, "sample_every": 12}
     config = replace(config, steps=12, batch_size=8, **every, **samples)
