@@ -257,7 +257,9 @@ def toy_gif(model, vae, t5, size=160):
 
 
 def loss_figure(run):
-    """Caption accuracy, and the validation loss in four bins of t, each with its own scale."""
+    """Caption accuracy and frames with the right shape, over steps and minutes; the validation loss
+    in four bins of t, each with its own scale.
+    """
     metrics = read_metrics(run)
     lines = [(m["step"], m["validation"]) for m in metrics if "validation" in m]
     figure = Figure(figsize=(9, 4.6), layout="constrained")
@@ -267,8 +269,13 @@ def loss_figure(run):
         points = [(m["step"], *m["accuracy"][name]) for m in metrics if "accuracy" in m]
         steps, shares = zip(*[(step, 100 * n / total) for step, n, total in points])
         axis.plot(steps, shares, "o-", ms=4, color=color, label=f"{name} captions")
-    axis.set(xlim=(0, None), ylim=(-3, 103), xlabel="steps")
-    axis.set_title("videos that match their captions, %")
+    points = [(m["step"], 100 * m["crispness"][0]) for m in metrics if m.get("crispness")]
+    axis.plot(*zip(*points), "s--", ms=4, color="0.5", label="frames with the right shape")
+    axis.set(xlim=(0, None), ylim=(-3, 103), xlabel="steps", ylabel="% of videos, frames")
+    speeds = [m["clips_per_second"] for m in metrics if "loss" in m]
+    minute = 60 * sum(speeds) / len(speeds) / 16  # steps of 16 clips
+    top_axis = axis.secondary_xaxis("top", functions=(lambda x: x / minute, lambda x: x * minute))
+    top_axis.set_xlabel("minutes of training")
     axis.grid(color="0.9")
     axis.legend(loc="upper left")
     for b, axis in enumerate(bottom.subplots(1, 4)):
