@@ -3,11 +3,11 @@
     python benchmarks/designs.py           # 4 designs x 2 seeds: 1 hour, 2 cores; resumes
     python benchmarks/designs.py --quick   # the same path in a minute, in out/designs-quick
 
-Each design is trained by train.py with the preset `toy` for 2,000 steps; after its 4,500 steps all
-videos of `sequential` match their captions, so no design could be told from another. The steps were
-fixed before any ranking was seen, and so was this rule: if no two designs differ, in any bin of t
-or in the fraction of matches, by more (mean over seeds) than that difference varies (from its
-minimum to its maximum), the toy is made harder.
+Each design is trained by train.py with the preset `toy` for 2,000 steps; after its 4,500 steps
+nearly all videos of `sequential` match their captions, so no design could be told from another. The
+steps were fixed before any ranking was seen, and so was this rule: if no two designs differ, in any
+bin of t or in the fraction of matches, by more (mean over seeds) than that difference varies (from
+its minimum to its maximum), the toy is made harder.
 
 Runs of one seed see the same clips, noise, timesteps and dropped captions, and the same validation
 noise, so differences are taken seed by seed. Initial weights are not paired. Possible bias: the

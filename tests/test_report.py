@@ -103,9 +103,10 @@ def test_A4_tables_of_designs_and_ablations_show_the_stored_results():
     tables += [designs.summary(e["results"], ablations.BASE[name]) for name, e in others.items()]
     assert len(tables) == 4
     assert [line for line in "\n".join(tables).splitlines() if line not in text] == []
+    assert stored["setting"] == designs.SETTING and stored["seeds"] == list(designs.SEEDS)
     steps = stored["setting"]["steps"]
     for variant, runs in stored["results"].items():
-        assert len(runs) == len(stored["seeds"])
+        assert len(runs) == len(stored["seeds"]) > 1
         parameters = sum(p.numel() for p in on_meta(replace(TOY, variant=variant)).parameters())
         for run in runs:
             assert run["accuracy"][-1]["step"] == run["validation"][-1]["step"] == steps

@@ -381,8 +381,8 @@ def designs_figure():
                 style |= {"color": "white" if dark else "black"}
                 axis.text(x + width / 2, y + 0.17, text, **style)
         for row, kind in enumerate(["full"] if name == "full" else ["spatial", "temporal"]):
-            style = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8}
-            if k < 2:
+            if k < 2:  # of parallel and latte the rows are those of sequential
+                style = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8}
                 text = "all tokens" if name == "full" else kind
                 axis.text(left - 0.06, -0.53 - 0.62 * row, text, **style)
             for token in range(4 * 16):  # 4 frames of 4 x 4 patches; the one in red is in frame 1
