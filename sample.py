@@ -8,7 +8,8 @@ network predicts the noise and, in the second half of its channels, the variance
 
 Shapes in this file:
     B batch    C latent channels    T frames    L caption tokens    E caption channels
-    H, W latent height and width, of videos in pixels    N steps of a schedule, 1000 in training
+    H, W height and width of latents; in videos [T, 3, H, W] of pixels
+    N steps of a schedule, 1000 in training
 """
 
 import gc
@@ -51,7 +52,7 @@ class Schedule(NamedTuple):
     timesteps: torch.Tensor  # [N]  timestep given to the network, 0 to 999
     alpha: torch.Tensor  # [N]  sqrt(alphas_cumprod), scale of the signal
     sigma: torch.Tensor  # [N]  sqrt(1 - alphas_cumprod), scale of the noise
-    alpha_prev: torch.Tensor  # [N]  alpha one step closer to x_0; 1 at index 0
+    alpha_prev: torch.Tensor  # [N]  _prev: one step closer to x_0; 1 at index 0
     sigma_prev: torch.Tensor  # [N]  0 at index 0
     posterior_mean_coef1: torch.Tensor  # [N]  of x_0 in the mean of q(x_{t-1} | x_t, x_0)
     posterior_mean_coef2: torch.Tensor  # [N]  of x_t (DDPM, eq. 7)
@@ -94,7 +95,9 @@ TRAIN_SCHEDULE = make_schedule(1000)
 
 
 def extract(table, t, x):
-    """Returns table[t], shaped to multiply x [B, C, T, H, W]. t: indices [B], or an int."""
+    """Returns table[t], shaped to multiply x [B, C, T, H, W]. t, here and below: indices into a
+    schedule [B], or an int. In the training schedule an index is the timestep.
+    """
     return table[t].to(x).view(-1, 1, 1, 1, 1)
 
 
@@ -115,9 +118,9 @@ def posterior_mean(schedule, x0, x_t, t):
 
 
 def log_variance(schedule, var, t):
-    """Returns the log variance of a reverse step: log beta-tilde where the network's variance
-    channels `var` are -1, log beta where they are 1 (IDDPM, eq. 15, whose v is w here). var is not
-    clipped.
+    """Returns the log variance of a reverse step, interpolated between its bounds by the network's
+    variance channels `var`: log beta-tilde at -1, log beta at 1 (IDDPM, eq. 15, whose v is w here).
+    var is not clipped.
     """
     w = (var + 1) / 2
     lower = extract(schedule.posterior_log_variance, t, var)
@@ -134,20 +137,21 @@ def log_variance(schedule, var, t):
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Returns a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the VLB at t, in bits per dimension. v1 trains on their sum. (IDDPM weights the VLB with
-    0.001 but sums over the steps; with 1000 steps this is the same.)
+    term of the VLB at t, in bits per dimension. v1 trains on their sum. (IDDPM has 0.001 times the
+    sum of the VLB over 1000 steps, which is its mean over t.)
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
     eps, var = out.chunk(2, dim=1)  # 2 x [B, C, T, H, W]
     mse = (eps - noise).square().flatten(1).mean(1)
-    mean = posterior_mean(schedule, predict_x0(schedule, x_t, t, eps.detach()), x_t, t)
+    x0_pred = predict_x0(schedule, x_t, t, eps.detach())  # the VLB trains var alone
+    mean = posterior_mean(schedule, x0_pred, x_t, t)
     log_var = log_variance(schedule, var, t)
     true_mean = posterior_mean(schedule, x0, x_t, t)
-    true_log_var = extract(schedule.posterior_log_variance, t, x_t)
+    true_log_var = extract(schedule.posterior_log_variance, t, x_t)  # of q(x_{t-1} | x_t, x_0)
     mean_term = (true_mean - mean).square() * (-log_var).exp()
     variance_term = log_var - true_log_var + (true_log_var - log_var).exp() - 1
-    kl = 0.5 * (variance_term + mean_term)  # between two Gaussians
+    kl = 0.5 * (variance_term + mean_term)  # of q(x_{t-1} | x_t, x_0) from the prediction
     nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var)
     vlb = torch.where((t == 0).view(-1, 1, 1, 1, 1), nll, kl) / math.log(2)
     return {"mse": mse, "vlb": vlb.flatten(1).mean(1)}
@@ -167,16 +171,16 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # Sampler steps
 #
 # A step computes x_{t-1} from x_t and the predicted noise. DDPM samples from the predicted
-# Gaussian. DDIM integrates the probability-flow ODE, which has the same marginals; without noise,
-# fewer steps suffice. DPM-Solver++ solves it to second order, extrapolating x_0 from its last two
-# predictions.
+# Gaussian. DDIM adds no noise and needs fewer steps: it integrates the probability-flow ODE, whose
+# x_t have the same distribution at every t. DPM-Solver++ integrates it to second order,
+# extrapolating x_0 from its last two predictions.
 #
 # A step names the arguments that it uses, and returns x, one step closer to x_0:
 #     i        index into the schedule
 #     x        x_t [B, C, T, H, W]
 #     x0       the predicted x_0, not clipped, since latents have no bounds
 #     eps      the predicted noise, with guidance
-#     var      the network's variance channels
+#     var      the network's variance channels, for log_variance
 #     noise    a function that draws standard normal noise
 #     x0_last  x0 of the step before, None in the first
 
@@ -184,11 +188,13 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 def ddpm_step(schedule, i, x, x0, var, noise, **_):
     """Ancestral sampling with learned variance (DDPM, algorithm 2; IDDPM, eq. 15)."""
     mean = posterior_mean(schedule, x0, x, i)
-    return mean + (0.5 * log_variance(schedule, var, i)).exp() * noise() if i > 0 else mean
+    if i == 0:
+        return mean
+    return mean + (0.5 * log_variance(schedule, var, i)).exp() * noise()
 
 
 def ddim_step(schedule, i, x0, eps, **_):
-    """Deterministic DDIM (arXiv 2010.02502, eq. 12 with sigma = 0)."""
+    """Deterministic DDIM (arXiv 2010.02502, eq. 12 without noise)."""
     return schedule.alpha_prev[i] * x0 + schedule.sigma_prev[i] * eps
 
 
@@ -199,17 +205,17 @@ def dpm_step(schedule, i, x, x0, x0_last, **_):
     the last step is first order, like the first, which has no earlier prediction.
     """
     if x0_last is not None and i > 0:
-        lambda_t = (schedule.alpha / schedule.sigma).log()  # [N]
-        h = lambda_t[i - 1] - lambda_t[i]
-        h_last = lambda_t[i] - lambda_t[i + 1]
+        lambdas = (schedule.alpha / schedule.sigma).log()  # [N]
+        h = lambdas[i - 1] - lambdas[i]
+        h_last = lambdas[i] - lambdas[i + 1]
         x0 = x0 + 0.5 * h / h_last * (x0 - x0_last)
     sigma_ratio = schedule.sigma_prev[i] / schedule.sigma[i]
     return sigma_ratio * x + (schedule.alpha_prev[i] - sigma_ratio * schedule.alpha[i]) * x0
 
 
 def dpm_schedule(steps):
-    """Returns a Schedule of `steps` timesteps, evenly spaced up to 999 as if there were one more at
-    0, as in diffusers: near t = 0 lambda changes so fast that the extrapolation would overshoot.
+    """Returns a Schedule of steps + 1 evenly spaced timesteps from 0 to 999, without the 0, as in
+    diffusers: near t = 0 lambda changes so fast that the extrapolation would overshoot.
     """
     require(2 <= steps <= 999, f"steps={steps}: expected 2 to 999 with --sampler dpm")
     return schedule_from_timesteps(make_schedule(steps + 1).timesteps[1:])
@@ -228,18 +234,17 @@ SAMPLERS = {  # name: (its schedule, its step)
 # and without a caption. Sampling extrapolates from the prediction without the caption beyond the
 # one with it (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
-# where guidance 1 is the plain conditional prediction. At small t guidance only distorts shapes and
-# colors, so it can be limited to large t. (arXiv 2404.07724 also leaves out the largest. At the
-# switch DPM-Solver++ extrapolates from one guided and one unguided x_0.)
+# where guidance 1 is the plain conditional prediction. On the toy, guidance at small t distorts
+# shapes and colors, so it can be limited to large t (arXiv 2404.07724 also leaves out the largest).
 
 
 def predict_noise_and_variance(model, x, t, y, mask, guidance, v1_guidance=False):
     """Returns the guided eps and the variance channels, [B, C, T, H, W] each, for x
     [B, C, T, H, W] at timestep t (scalar tensor).
 
-    y [2B, L, E], mask [2B, L]: B captions, then B null captions, which guidance 1 does not need.
-    The variance is the one predicted with the caption. v1_guidance: guide 3 of the 4 channels, as
-    v1 does (and DiT, which v1's code follows).
+    y [2B, L, E], mask [2B, L]: B captions, then B null captions; with guidance 1 only the first B
+    are read. The variance is that of the captions. v1_guidance: guide 3 of the 4 channels, as v1
+    does (and DiT, which v1's code follows).
     """
     B = len(x)
     if guidance == 1:
@@ -268,19 +273,19 @@ def sample_latents(
     """Generates latents [B, C, T, H, W] for B captions. y [B, L, E], mask [B, L]; shape
     (C, T, H, W) of one video's latents.
 
-    keys: for each video the key of its noise (data.keyed_generator). Up to rounding, a video does
+    keys: for each video a tuple that seeds its noise, see video_keys. Up to rounding, a video does
     not depend on the rest of its batch. v1's configs have 100 steps and guidance 7. guidance_min_t:
     use guidance only at timesteps >= this. v1_guidance reproduces v1: three guided channels, and
     a null caption with the padding mask of the prompt.
     """
     make, step = SAMPLERS[sampler]
     schedule = make(steps)
-    timesteps = schedule.timesteps.tolist()
+    timesteps = schedule.timesteps.tolist()  # on the CPU: comparing must not wait for the GPU
     schedule = schedule.to(y.device)
     generators = [keyed_generator(*key) for key in keys]
 
     def noise():  # [B, C, T, H, W]
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y)
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y.device)
 
     if guidance != 1:
         null = model.y_embedder.y_embedding.expand_as(y)  # [B, L, E]
@@ -294,15 +299,14 @@ def sample_latents(
         t = schedule.timesteps[i]
         eps, var = predict_noise_and_variance(model, x, t, y, mask, g, v1_guidance)
         x0 = predict_x0(schedule, x, i, eps)
+        # each step takes what it names
         x = step(schedule, i, x=x, x0=x0, eps=eps, var=var, noise=noise, x0_last=x0_last)
         x0_last = x0
     return x
 
 
 def video_keys(seed, prompts):
-    """Returns the key of each video's noise: the seed, the prompt, and how often the prompt occurs
-    before.
-    """
+    """Returns the key of each video's noise: seed, prompt, and how often it occurred before."""
     return [(seed, "video", prompt, prompts[:i].count(prompt)) for i, prompt in enumerate(prompts)]
 
 
@@ -392,13 +396,13 @@ def newest_checkpoint(run):
     return max(Path(run).glob("checkpoints/step_*"), default=None)
 
 
-CONVERT = "released weights need tools/convert_weights.py, a run has none before --save-every steps"
-
-
 def find_weights(source):
     """Returns the local folder with the weights of a run of train.py, a folder, or a Hub name."""
     folder = newest_checkpoint(source) or data.local_folder(source)
     files = ["config.json", "model.safetensors", "sample.json"]
+    help = (
+        "convert released weights by tools/convert_weights.py; a run has weights once it has saved"
+    )
     if folder is None:
         from huggingface_hub import snapshot_download
 
@@ -406,9 +410,9 @@ def find_weights(source):
             folder = Path(snapshot_download(source, allow_patterns=files))
         except (OSError, ValueError) as error:
             reason = f"could not be downloaded from the Hub ({type(error).__name__})"
-            raise UserError(f"{source} is not a local folder, and {reason}; {CONVERT}") from None
+            raise UserError(f"{source} is not a local folder, and {reason}; {help}") from None
     found = all((folder / name).is_file() for name in files[:2])
-    require(found, f"{source} has no config.json and model.safetensors; {CONVERT}")
+    require(found, f"{source} has no config.json and model.safetensors; {help}")
     return folder
 
 
@@ -434,7 +438,7 @@ class SampleConfig:
     weights: str  # run of train.py, folder of tools/convert_weights.py, or Hub name
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text of a video; may be repeated
     out: str = "samples"  # folder to write
-    # None: as in training
+    # None means as in training, unless a comment says otherwise
     frames: int | None = None  # frames of a video, 1 for an image
     size: int | None = None  # height in pixels
     width: int | None = None  # in pixels; None: as in training, or the height if --size is set

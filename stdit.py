@@ -2,14 +2,14 @@
 
 Input: noisy video latents, timesteps and T5 embeddings of captions. Output: twice the channels of
 the latents. The first half predicts the noise, the second half the variance of the reverse step
-(sample.py, log_variance; it is not v-prediction). Module names are those of the released weights.
-"v1" means Open-Sora v1, "the report" its technical report.
+(IDDPM; it is not v-prediction). Module names are those of the released weights. "v1" means
+Open-Sora v1, "the report" docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
 
 Shapes in this file:
     B batch    C latent channels (4)    H, W latent height and width    D hidden size
-    T frames, in tokens patches along time (in v1 the same, since a patch is 1 frame long)
+    T frames; of tokens, patches along time (as many in v1, where a patch is one frame long)
     h, w patches per column and per row    S = h*w patches per frame
-    L caption tokens    E caption channels
+    L caption tokens    E caption channels    N tokens that attend to each other
 """
 
 import math
@@ -26,8 +26,8 @@ from huggingface_hub import PyTorchModelHubMixin
 # ---------------------------------------------------------------------------------------------
 # Configuration
 #
-# The config determines all shapes and positions. Models whose configs differ only in the two scales
-# can load each other's weights, which is how training moves from small to large videos.
+# Models that differ only in space_scale and time_scale can load each other's weights, which is how
+# training moves from small to large videos.
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class STDiTConfig:
     variant: str = "sequential"  # design of the block, a key of BLOCKS; v1: sequential
     space_scale: float | tuple = 1.0  # spatial position = index / scale; a pair is (h, w)
     time_scale: float = 1.0  # temporal position = index / scale
-    embedder_std: float | None = 0.02  # initial weights of the embedders; None: 1 / sqrt(fan in)
+    embedder_std: float | None = (
+        0.02  # of the initial t_embedder and y_embedder; None: fan_in**-0.5
+    )
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -59,9 +61,9 @@ MODELS = {
         num_heads=4,
         caption_channels=64,
         caption_length=16,
-        space_scale=0.125,  # 4x4 patches (64x64 pixels) span the positions of 32x32 (512x512)
-        time_scale=0.25,  # 8 frames span the positions of 32
-        embedder_std=None,  # 0.02 suits a width of 1152; captions would start 50 times too small
+        space_scale=0.125,  # 4x4 patches (64x64 pixels) span the positions of 32x32 (512x512),
+        time_scale=0.25,  # 8 frames those of 32: closer positions have nearly equal embeddings
+        embedder_std=None,  # 0.02 suits a width of 1152 (tutorial, section 10)
     ),
 }
 
@@ -83,8 +85,8 @@ def get_1d_sincos_pos_embed(length, dim, scale):
 
 @lru_cache(maxsize=32)  # every step uses the same few grids
 def spatial_pos_embed(h, w, dim, scale, device):
-    """Returns fp32 [S, D], row-major in (h, w). As in the released weights, the first half of the
-    channels encodes the column, the second half the row. scale: a number or a pair (for h, for w).
+    """Returns fp32 [S, D], row-major in (h, w). As in DiT and the released weights, the first half
+    of the channels encodes the column, the second the row. scale: a number or a pair (h, w).
     """
     scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
     column = get_1d_sincos_pos_embed(w, dim // 2, scale_w).expand(h, -1, -1)  # [h, w, D/2]
@@ -103,34 +105,35 @@ def temporal_pos_embed(T, dim, scale, device):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention within sequences of tokens. `sequences` says which tokens attend to
-    each other: "(b t) s d" those of a frame, "(b s) t d" those of a patch through time,
-    "b (t s) d" those of a whole video.
+    """Multi-head self-attention. `pattern` says which tokens attend to each other: "(b t) s d"
+    those of a frame, "(b s) t d" those of a patch through time, "b (t s) d" those of a video.
     """
 
-    def __init__(self, dim, heads, sequences):
+    def __init__(self, dim, heads, pattern):
         super().__init__()
         self.heads = heads
-        self.sequences = sequences
+        self.pattern = pattern
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, pos=None):
-        """x [B, T, S, D]; pos [1, T, 1, D] is added to x, or None. Returns [B, T, S, D]."""
+        """x [B, T, S, D]; pos [1, T, 1, D], added to x if it is not None. Returns [B, T, S, D]."""
         if pos is not None:
             x = x + pos
         T, S = x.shape[1:3]
-        x = rearrange(x, f"b t s d -> {self.sequences}")  # [sequences, N, D], N tokens each
-        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # [sequences, heads, N, D/heads]
-        x = self.proj(rearrange(x, "b h n d -> b n (h d)"))  # [sequences, N, D]
-        return rearrange(x, f"{self.sequences} -> b t s d", t=T, s=S)
+        x = rearrange(x, f"b t s d -> {self.pattern}")  # [B*T*S/N, N, D]
+        qkv = rearrange(
+            self.qkv(x), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads
+        )
+        x = F.scaled_dot_product_attention(*qkv)  # [B*T*S/N, heads, N, D/heads]
+        x = self.proj(rearrange(x, "b heads n d -> b n (heads d)"))  # [B*T*S/N, N, D]
+        return rearrange(x, f"{self.pattern} -> b t s d", t=T, s=S)
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention from the tokens of a video to those of its caption. Frames are folded
-    into the batch: with L = 120 keys for all T*S queries, the backward pass of fused attention,
-    which is parallel over batch, heads and keys, would use little of a GPU (not measured).
+    into the batch because the backward pass of fused attention is parallel over batch, heads and
+    keys: 120 keys for all T*S queries would leave most of a GPU idle (not measured).
     """
 
     def __init__(self, dim, heads):
@@ -145,13 +148,13 @@ class CrossAttention(nn.Module):
         real, or None if all are. Returns [B, T, S, D].
         """
         T = x.shape[1]
-        q = rearrange(self.q_linear(x), "b t s (h d) -> (b t) h s d", h=self.heads)
+        q = rearrange(self.q_linear(x), "b t s (heads d) -> (b t) heads s d", heads=self.heads)
         kv = self.kv_linear(y).repeat_interleave(T, dim=0)  # [B*T, L, 2D]
-        k, v = rearrange(kv, "bt l (kv h d) -> kv bt h l d", kv=2, h=self.heads)
+        k, v = rearrange(kv, "bt l (kv heads d) -> kv bt heads l d", kv=2, heads=self.heads)
         if mask is not None:
             mask = mask.repeat_interleave(T, dim=0)[:, None, None]  # [B*T, 1, 1, L]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B*T, heads, S, D/heads]
-        return self.proj(rearrange(x, "(b t) h s d -> b t s (h d)", t=T))
+        return self.proj(rearrange(x, "(b t) heads s d -> b t s (heads d)", t=T))
 
 
 class MLP(nn.Module):
@@ -188,10 +191,8 @@ def split_rows(table):
 # and then, for each patch, across frames (T^2): information still passes between any two tokens.
 # The rest is PixArt-alpha's block: shift, scale and gate from the timestep (one MLP shared by all
 # blocks plus a table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to
-# the caption, MLP. As in the released weights, temporal attention has no norm, shift and scale, and
-# shares the gate of spatial attention; cross-attention has neither norm nor gate. The output
-# projection of temporal attention starts at zero, so that a model that starts from PixArt-alpha's
-# weights first generates T independent PixArt images.
+# the caption, MLP. The output projection of temporal attention starts at zero: with PixArt-alpha's
+# weights in the rest, the model first generates T independent PixArt images.
 
 
 class STDiTBlock(nn.Module):
@@ -206,15 +207,19 @@ class STDiTBlock(nn.Module):
         self.cross_attn = CrossAttention(D, heads)
         self.mlp = MLP(D, int(D * config.mlp_ratio), D)
 
-    def forward(self, x, y, mask, c, pos=None):
-        """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; c [B, 6, D] from the
-        timestep; pos [1, T, 1, D], the temporal position embedding, in the first block, None in the
-        others. Returns [B, T, S, D]. (_a: of the attentions, _m: of the MLP.)
+    def forward(self, x, y, mask, mod, pos=None):
+        """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; mod [B, 6, D], the
+        modulation, from the timestep: shift, scale and gate of attention (a), then of the MLP (m);
+        pos [1, T, 1, D] temporal position embedding, or None. Returns [B, T, S, D].
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(self.scale_shift_table + c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+            self.scale_shift_table + mod
+        )
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
-        x = x + gate_a * self.attn_temp(x, pos)
-        x = x + self.cross_attn(x, y, mask)
+        x = x + gate_a * self.attn_temp(
+            x, pos
+        )  # no norm, the same gate: as in the released weights
+        x = x + self.cross_attn(x, y, mask)  # neither norm nor gate
         return x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
 
@@ -222,10 +227,12 @@ class STDiTBlock(nn.Module):
 
 
 class ParallelBlock(STDiTBlock):
-    """Spatial and temporal attention read the same tokens. The weight names are STDiTBlock's."""
+    """Spatial and temporal attention read the same tokens. Loads STDiTBlock's weights."""
 
-    def forward(self, x, y, mask, c, pos=None):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(self.scale_shift_table + c)
+    def forward(self, x, y, mask, mod, pos=None):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+            self.scale_shift_table + mod
+        )
         spatial = self.attn(modulate(norm(x), shift_a, scale_a))
         x = x + gate_a * (spatial + self.attn_temp(x, pos))
         x = x + self.cross_attn(x, y, mask)
@@ -233,8 +240,8 @@ class ParallelBlock(STDiTBlock):
 
 
 def add_position(x, pos):
-    """Adds the temporal position to the tokens themselves, as full and latte do. An image gets
-    none, so that these designs treat it as an image model does: at index 0 the cosines are 1.
+    """Adds the temporal position to the tokens themselves, as full and latte do. A single frame
+    gets none, as in an image model: the embedding of index 0 is not zero, its cosines are 1.
     """
     return x if pos is None or x.shape[1] == 1 else x + pos
 
@@ -245,10 +252,12 @@ class FullBlock(STDiTBlock):
     def __init__(self, config):
         super().__init__(config)
         self.attn.sequences = "b (t s) d"
-        del self.attn_temp
+        del self.attn_temp  # full attention needs no second one
 
-    def forward(self, x, y, mask, c, pos=None):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(self.scale_shift_table + c)
+    def forward(self, x, y, mask, mod, pos=None):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+            self.scale_shift_table + mod
+        )
         x = add_position(x, pos)
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
         x = x + self.cross_attn(x, y, mask)
@@ -257,8 +266,8 @@ class FullBlock(STDiTBlock):
 
 class LatteBlock(STDiTBlock):
     """A PixArt block for space, then one for time with its own table and MLP, without
-    cross-attention (Latte, arXiv 2401.03048). It cannot start as PixArt-alpha: the second one is
-    not zero at first.
+    cross-attention (Latte, arXiv 2401.03048). The second is not zero at first, so a latte model
+    does not start as an image model.
     """
 
     def __init__(self, config):
@@ -267,14 +276,16 @@ class LatteBlock(STDiTBlock):
         self.scale_shift_table_temp = nn.Parameter(torch.randn(6, D) / D**0.5)
         self.mlp_temp = MLP(D, int(D * config.mlp_ratio), D)
 
-    def forward(self, x, y, mask, c, pos=None):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(self.scale_shift_table + c)
+    def forward(self, x, y, mask, mod, pos=None):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+            self.scale_shift_table + mod
+        )
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
         x = x + self.cross_attn(x, y, mask)
         x = x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
-            self.scale_shift_table_temp + c
+            self.scale_shift_table_temp + mod
         )
         x = add_position(x, pos)
         x = x + gate_a * self.attn_temp(modulate(norm(x), shift_a, scale_a))
@@ -289,7 +300,8 @@ BLOCKS = dict(sequential=STDiTBlock, parallel=ParallelBlock, full=FullBlock, lat
 
 class PatchEmbedder(nn.Module):
     """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. self.proj is
-    a Conv3d only so that its weight has the shape of the released one.
+    a Conv3d for the shape of the released weight; as a linear layer it stays in fp32, while
+    convolutions on CUDA use TF32.
     """
 
     def __init__(self, config):
@@ -307,7 +319,7 @@ class PatchEmbedder(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Timesteps [B], 0 to 999, to [B, D]: an MLP on a sinusoidal embedding of 256 channels. The
     cosines come first, as in the released weights (in the position embeddings the sines do).
-    Timesteps stay in fp32: in bf16 only 507 of 1000 are distinct.
+    All in fp32: of the 1000 timesteps only 507 are distinct in bf16.
     """
 
     def __init__(self, dim):
@@ -321,8 +333,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """T5 embeddings [B, L, E] to [B, L, D]. y_embedding [L, E] is the null caption, which stands
-    for "no caption"; it is a buffer and not trained, as in v1.
+    """T5 embeddings [B, L, E] to [B, L, D]. y_embedding [L, E] is the null caption, for
+    classifier-free guidance; it is a buffer and not trained, as in v1.
     """
 
     def __init__(self, config):
@@ -362,14 +374,14 @@ class FinalLayer(nn.Module):
 def autocast(device):
     """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. Weights,
     the loss and everything outside the blocks stay in fp32: rounding the noisy latents to bf16
-    would add noise to what the network has to predict.
+    would add an error that cannot be told from noise.
     """
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 class STDiT(nn.Module, PyTorchModelHubMixin):
-    """STDiT-XL/2 has 759,620,768 parameters, 610,856,096 of them from PixArt-alpha. save_pretrained
-    writes config.json and model.safetensors, which sample.load_model reads, and a model card.
+    """STDiT-XL/2 has 760M parameters, 611M of them from PixArt-alpha. save_pretrained, of the Hub's
+    mixin, writes config.json and model.safetensors, which sample.load_model reads.
     """
 
     def __init__(self, config: STDiTConfig):
@@ -388,7 +400,9 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
     def initialize_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # Conv3d like a linear layer
+                nn.init.xavier_uniform_(
+                    module.weight.flatten(1)
+                )  # a view; Conv3d like a linear layer
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_block[1].weight, std=0.02)
         y_proj, t_mlp = self.y_embedder.y_proj, self.t_embedder.mlp
@@ -415,23 +429,23 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         x = self.x_embedder(x)  # [B, T, S, D]
         x = x + spatial_pos_embed(h, w, D, self.config.space_scale, x.device)
         t_emb = self.t_embedder(t)  # [B, D]
-        c = self.t_block(t_emb).unflatten(1, (6, D))  # [B, 6, D]  shared by all blocks
+        mod = self.t_block(t_emb).unflatten(1, (6, D))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
         with autocast(x.device):
-            for i, block in enumerate(self.blocks):
-                x = block(x, y, mask, c, pos if i == 0 else None)  # [B, T, S, D]
+            for i, block in enumerate(self.blocks):  # as in v1, only the first one is given pos
+                x = block(x, y, mask, mod, pos if i == 0 else None)  # [B, T, S, D]
         return self.final_layer(x, t_emb, h, w)  # [B, 2C, T, H, W]
 
 
 # ---------------------------------------------------------------------------------------------
 # Scaling
 #
-# The network above does not know of what follows: activation checkpointing, compilation and
-# sequence parallelism, set up from outside on the model to be trained.
+# Activation checkpointing, compilation and sequence parallelism: optional, for the model to be
+# trained. The network above does not depend on them.
 
 
 def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mesh=None):
-    """Prepares a model for training at scale, in place. Sampling uses a copy made before.
+    """Prepares a model for training at scale, in place. Sampling uses the EMA copy, made before.
 
     activation_checkpointing: what a block keeps for the backward pass. "none": everything. "full":
     its inputs, and the block is computed again. "selective": also the outputs of matrix products,
@@ -450,8 +464,8 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
         options["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
     for block in model.blocks:
         if activation_checkpointing != "none":
-            # A nested function, because torch.compile (2.14.1) silently compiles nothing of a
-            # functools.partial. compile(checkpoint(block)), because the other order fails.
+            # A nested function: torch.compile (2.14.1) silently ignores a functools.partial. It
+            # wraps checkpoint; the other order raises.
             def forward(*inputs, compute=block.forward):
                 return checkpoint(compute, *inputs, **options)
 
@@ -463,12 +477,10 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
 
 
 def compile_block(block):
-    """Compiles a block. All blocks share two graphs, with and without `pos`.
+    """Compiles a block. All blocks share two graphs, with and without pos.
 
-    mix_order_reduction is off because with it torch 2.14.1 loses gradients: in the backward pass 4
-    of the 6 rows of the modulation's gradient are computed and never stored (pytorch issue 193061;
-    one clip of 4,551 tokens or more at D = 1152, on GPUs of compute capability 9.0). It can go when
-    requirements.txt asks for a torch with PR 193103.
+    mix_order_reduction is off because with it torch 2.14.1 loses gradients on GPUs: 4 of the 6 rows
+    of mod's gradient are never stored (pytorch issue 193061, fixed by PR 193103).
     """
     import torch._inductor.config
 
@@ -482,22 +494,22 @@ def shard_frames(model, mesh):
 
     Only temporal attention needs all frames. Before it an all-to-all gathers frames and scatters
     patches, and after it another one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266).
-    Each process is given the whole video and returns the whole prediction; n must divide T and S.
-    Each process computes the gradient of its own frames, so the gradient of the loss is their sum.
-    The designs full and latte are not supported.
+    Each process is given the whole video and returns the whole prediction, but its gradients of the
+    weights cover its own frames alone: their sum over processes is the gradient. n must divide T
+    and S. For the designs sequential and parallel.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor import parallel as tp
 
-    latents, tokens, patches = Shard(2), Shard(1), Shard(2)  # of [B, C, T, H, W] and [B, T, S, D]
-    local = dict(use_local_output=True)
-    split = dict(input_layouts=Replicate(), desired_input_layouts=latents)
-    gather = dict(output_layouts=latents, desired_output_layouts=Replicate())
-    exchange = dict(input_layouts=(tokens, None), desired_input_layouts=(patches, None))  # (x, pos)
-    exchange |= dict(output_layouts=patches, desired_output_layouts=tokens, use_local_input=True)
+    whole, of_latents = Replicate(), Shard(2)  # frames of latents [B, C, T, H, W]
+    frames, patches = Shard(1), Shard(2)  # of tokens [B, T, S, D]
+    split = dict(input_layouts=whole, desired_input_layouts=of_latents)
+    gather = dict(output_layouts=of_latents, desired_output_layouts=whole)
+    exchange = dict(input_layouts=(frames, None), desired_input_layouts=(patches, None))  # x, pos
+    exchange |= dict(output_layouts=patches, desired_output_layouts=frames, use_local_input=True)
     plan = {
-        "x_embedder": tp.PrepareModuleInput(**split, **local),
-        "blocks.*.attn_temp": tp.PrepareModuleInputOutput(**exchange, **local),
-        "final_layer": tp.PrepareModuleOutput(**gather, **local),
+        "x_embedder": tp.PrepareModuleInput(**split, use_local_output=True),
+        "blocks.*.attn_temp": tp.PrepareModuleInputOutput(**exchange, use_local_output=True),
+        "final_layer": tp.PrepareModuleOutput(**gather, use_local_output=True),
     }
     tp.parallelize_module(model, mesh, plan)

@@ -47,8 +47,9 @@ from stdit import BLOCKS, MODELS, STDiT, set_up_scaling
 # ---------------------------------------------------------------------------------------------
 # Configuration
 #
-# TrainConfig holds all options of a run; tyro turns its fields into command-line options. The
-# defaults are the first stage of Open-Sora v1. None means that the value is derived, by `derive`.
+# TrainConfig holds all options of a run; tyro turns its fields into command-line options. Its
+# defaults are the first stage of Open-Sora v1; those of the command line are the preset's, without
+# --preset the toy's.
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class TrainConfig:
     # model
     model: Literal[tuple(MODELS)] = "STDiT-XL/2"  # size of the network, see MODELS in stdit.py
     variant: Literal[tuple(BLOCKS)] = "sequential"  # design of the block, see BLOCKS in stdit.py
-    init: str | None = "weights/PixArt-XL-2-512x512"  # run, folder, Hub name; None: random
-    space_scale: float | None = None  # spatial position = index / scale; None: by the size
-    time_scale: float | None = None  # temporal position = index / scale; None: that of the model
+    init: str | None = "weights/PixArt-XL-2-512x512"  # converted weights or a run; None: random
+    space_scale: float | None = None  # position = index / scale; None: sqrt(size * width) / 512
+    time_scale: float | None = None  # temporal position = index / scale; None: the model's
     trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: those named *_temp
     # data
-    data: str | None = None  # latent cache of data.py, or toy; 1 in 20 of its clips is held out
+    data: str | None = (
+        None  # toy, or a cache of data.py, of which 1 clip in 20, at most 64, is held out
+    )
     toy_clips: int = 2048  # training clips of the toy
     frames: int = 16  # frames of a clip
     size: int = 256  # height in pixels
@@ -82,16 +85,16 @@ class TrainConfig:
     grad_clip: float = 1.0  # maximum norm of the gradient
     ema_decay: float = 0.9999  # exponential moving average of the weights
     drop_caption: float = 0.1  # fraction of captions replaced by the null caption, for guidance
-    t_mean: float = 0.0  # timesteps are 1000 sigmoid(t_mean + t_std * normal), or uniform,
-    t_std: float | None = None  # if t_std is None
+    t_std: float | None = None  # timesteps are 1000 sigmoid(t_mean + t_std * normal); None: uniform
+    t_mean: float = 0.0  # see t_std
     min_snr: float | None = None  # loss weights min(1, min_snr / SNR), see loss_weights; None: 1
     seed: int = 0  # random seed
     # hardware
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # fp32; with bf16 autocast on CUDA
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
     sp: int = 1  # processes that share each video (sequence parallelism)
     activation_checkpointing: Literal["none", "selective", "full"] = "full"  # see set_up_scaling
     compile: bool = True  # torch.compile the blocks
-    # output; an interval of 0 means: only at the end of the run
+    # output; 0 steps between means: only at the end of the run
     log_every: int = 10  # steps between lines of metrics.jsonl; losses are those of one step
     eval_every: int = 500  # steps between validation losses
     sample_every: int = 1500  # steps between sample videos, always of the same captions and noise
@@ -108,10 +111,10 @@ class TrainConfig:
 # apart as at 3, and position = index / scale, so the time scale is 3/2 (v1 has 2/3, a mistake).
 STAGE1 = TrainConfig()
 STAGE2 = replace(STAGE1, init="out/16x256x256", steps=24_000)  # on clips of higher quality
-LARGE = replace(STAGE1, size=512, steps=20_000, batch_size=128, micro_batch=1)
-STAGE3 = replace(LARGE, init="out/16x256x256-hq", activation_checkpointing="none")
-LONG = replace(LARGE, frames=64, stride=2, time_scale=1.5, output_fps=12)
-STAGE4 = replace(LONG, init="out/16x512x512")
+STAGE3 = replace(STAGE1, init="out/16x256x256-hq", size=512, steps=20_000, batch_size=128)
+STAGE3 = replace(STAGE3, micro_batch=1, activation_checkpointing="none")  # one clip fits in 80 GB
+STAGE4 = replace(STAGE3, init="out/16x512x512", frames=64, stride=2, time_scale=1.5, output_fps=12)
+STAGE4 = replace(STAGE4, activation_checkpointing="full")
 TOY = TrainConfig(
     model="toy",
     init=None,  # random weights, so a larger learning rate, and warm-up
@@ -127,15 +130,15 @@ TOY = TrainConfig(
     steps=2000,
     batch_size=16,
     micro_batch=None,
-    t_mean=0.4,  # more large timesteps, where the content of a video is decided
-    t_std=1.0,
-    min_snr=0.03,
+    t_std=1.0,  # fewer timesteps at the ends
+    t_mean=0.4,  # more large ones, where the content of a video is decided
+    min_snr=0.03,  # weights below 1 for t < 590, found by trial; the paper has 5
     activation_checkpointing="none",
     compile=False,  # on a CPU the toy's steps take as long compiled
     log_every=50,
     sample_steps=10,
-    guidance=3.0,  # at large t alone: at small t it distorts the shapes
-    guidance_min_t=600,
+    guidance=3.0,
+    guidance_min_t=600,  # at small t guidance distorts the shapes
 )
 PRESETS = {
     "toy": TOY,
@@ -146,16 +149,19 @@ PRESETS = {
     # for a GPU of 24 GB: the temporal attention alone is trained
     "16x256x256-24gb": replace(STAGE1, trainable="temporal", batch_size=32, steps=20_000),
 }
+PRESETS = {name: replace(config, preset=name) for name, config in PRESETS.items()}
 
 
 def derive(config):
     """Replaces the None of out, width and the two scales by their values."""
-    c, width = config, config.width or config.size
-    # The positions of 512x512 pixels, on which PixArt-alpha was trained, at any size.
-    space_scale = c.space_scale or math.sqrt(c.size * width) / 512
-    time_scale = c.time_scale or MODELS[c.model].time_scale
-    out = c.out or f"out/{c.preset}"
-    return replace(c, out=out, width=width, space_scale=space_scale, time_scale=time_scale)
+    c = replace(config, width=config.width or config.size)
+    return replace(
+        c,
+        out=c.out or f"out/{c.preset}",
+        # The positions of 512x512 pixels, on which PixArt-alpha was trained, at any size.
+        space_scale=c.space_scale or math.sqrt(c.size * c.width) / 512,
+        time_scale=c.time_scale or MODELS[c.model].time_scale,
+    )
 
 
 def model_config(config):
@@ -192,15 +198,15 @@ class Stream:
         return default_collate([self.cache[row] for row in rows])
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)  # a batch may reach into the next epoch
 def permutation(seed, n, epoch):
     return torch.randperm(n, generator=keyed_generator(seed, "order", epoch)).tolist()
 
 
-def draw(random, seed, purpose, keys, *shape):
-    """Draws once per key with torch.rand or torch.randn: [B, *shape]."""
+def draw(rand, seed, purpose, keys, *shape):
+    """Draws once per key with rand, which is torch.rand or torch.randn: [B, *shape]."""
     generators = [keyed_generator(seed, purpose, key) for key in keys]
-    return torch.stack([random(shape, generator=g) for g in generators])
+    return torch.stack([rand(shape, generator=g) for g in generators])
 
 
 def draw_timesteps(config, indices):
@@ -224,17 +230,16 @@ def training_batch(config, stream, indices):
     return x0, y, mask, t, noise, drop
 
 
-def indices_from(config, step, dp_rank, dp_size):
-    """Yields the indices of one micro-batch after the other of a process, from a step on."""
-    B = config.micro_batch or config.batch_size // dp_size
-    for s in count(step):
-        first = s * config.batch_size + dp_rank * B
-        end = (s + 1) * config.batch_size
-        yield from (range(i, i + B) for i in range(first, end, B * dp_size))
+def indices_from(step, batch_size, B, dp_rank, dp_size):
+    """Yields the indices of each micro-batch of a process, from a step on. With batch_size 8, B 2
+    and 2 processes, rank 0 gets 0-1 and 4-5, rank 1 gets 2-3 and 6-7, then 8-9 and so on.
+    """
+    for first in count(step * batch_size + dp_rank * B, batch_size):
+        yield from (range(i, i + B) for i in range(first, first + batch_size, B * dp_size))
 
 
 def prefetch(read, keys):
-    """Yields read(key) for each key. The next one is read in a thread meanwhile."""
+    """Yields read(key) for each of endlessly many keys; a thread reads the next one meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(read, next(keys))
         for key in keys:
@@ -269,45 +274,47 @@ class Run:
     schedule: sample.Schedule  # on the device
     step: int  # optimizer steps done
     micro_batches: int  # forward passes per step on this process
-    batches: Iterator  # of training_batch
+    batches: Iterator  # results of training_batch
     vae: data.VAE | None  # to decode sample videos
 
 
 def train_step(run):
-    """Does one optimizer step. Returns the means of loss, MSE and VLB over this process's samples,
-    [3], and the norm of the gradient.
+    """Does one optimizer step. Returns the means of loss, MSE and VLB over the process's samples of
+    the step, [3], and the norm of the gradient.
     """
     c = run.config
     losses = torch.zeros(3, device=run.distributed.device)
     for k in range(run.micro_batches):
         batch = [to_device(tensor, run.distributed.device) for tensor in next(run.batches)]
-        accumulate = run.ddp_model is not run.model and k < run.micro_batches - 1
-        with run.ddp_model.no_sync() if accumulate else nullcontext():  # DDP averages in the last
-            means = training_loss(run, *batch) / run.micro_batches  # [3]
-            # DDP takes the mean over all processes, but the sp processes that share a video have
-            # the gradients of different frames, whose sum is needed.
-            (means[0] * c.sp).backward()
-        losses += means.detach()
+        # DDP averages gradients over processes in the backward pass of the last micro-batch only.
+        no_sync = run.ddp_model is not run.model and k < run.micro_batches - 1
+        with run.ddp_model.no_sync() if no_sync else nullcontext():
+            loss_mse_vlb = training_loss(run, *batch) / run.micro_batches  # [3]
+            # The sp processes that share a video have gradients of different frames. Their sum is
+            # needed, not DDP's mean.
+            (loss_mse_vlb[0] * c.sp).backward()
+        losses += loss_mse_vlb.detach()
     params = [p for p in run.model.parameters() if p.requires_grad]
     grad_norm = clip_grad_norm_(params, c.grad_clip).item()  # waits for the GPU
-    if math.isfinite(grad_norm):  # the same on all processes
+    if math.isfinite(grad_norm):  # the same on all processes, as DDP has averaged
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
         run.optimizer.step()
         update_ema(c, run.step, run.ema, run.model)
     else:
         print0(f"step {run.step + 1}: skipped, its gradient norm is {grad_norm}")
-    run.optimizer.zero_grad(set_to_none=False)  # keeps them in DDP's buckets, without a second copy
+    run.optimizer.zero_grad(set_to_none=False)  # gradients are views of DDP's buckets
     return losses, grad_norm
 
 
 def training_loss(run, x0, y, mask, t, noise, drop):
-    """Returns [3]: the loss to minimize, the mean MSE and the mean VLB. Shapes: training_batch."""
+    """Returns [3]: the loss to minimize, the mean MSE and the mean VLB. x0, noise [B, C, T, H, W];
+    y [B, L, E]; mask [B, L]; t [B]; drop [B], True where the caption is dropped.
+    """
     y, mask = drop_captions(y, mask, drop, run.model.y_embedder.y_embedding)
     x_t = sample.q_sample(run.schedule, x0, t, noise)
     out = run.ddp_model(x_t, t, y, mask)  # [B, 2C, T, H, W]
     terms = sample.diffusion_loss(run.schedule, out, x0, x_t, t, noise)  # [B] each
-    weights = loss_weights(run.config, run.schedule, t)  # [B]
-    loss = weights * (terms["mse"] + terms["vlb"])
+    loss = loss_weights(run.config, run.schedule, t) * (terms["mse"] + terms["vlb"])  # [B]
     return torch.stack([loss.mean(), terms["mse"].mean(), terms["vlb"].mean()])
 
 
@@ -323,8 +330,8 @@ def drop_captions(y, mask, drop, null):
 
 def loss_weights(config, schedule, t):
     """Returns Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4,
-    prediction of noise). The content of a video is decided at large t, where the loss without
-    weights is hundreds of times smaller than at small t. The paper uses min_snr = 5.
+    prediction of noise). The content of a video is decided at large t, where the loss is hundreds
+    of times smaller than at small t (see the validation losses of a run).
     """
     snr = (schedule.alpha[t] / schedule.sigma[t]).square()  # [B]
     return (config.min_snr / snr).clamp(max=1) if config.min_snr else torch.ones_like(snr)
@@ -338,13 +345,14 @@ def learning_rate(config, step):
 
 @torch.no_grad()
 def update_ema(config, step, ema, model):
-    """Sets ema = decay * ema + (1 - decay) * weights. The decay is (1 + n) / (10 + n) after n steps
-    and at most ema_decay, so that the initial weights are soon forgotten.
+    """Sets ema = decay * ema + (1 - decay) * weights. In the n-th step the decay is
+    (1 + n) / (10 + n), at most ema_decay, so that the initial weights are soon forgotten.
     """
-    decay = min(config.ema_decay, (2 + step) / (11 + step))
+    n = step + 1
+    decay = min(config.ema_decay, (1 + n) / (10 + n))
     pairs = [(a, p) for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     averages, weights = zip(*pairs)
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+    torch._foreach_lerp_(averages, weights, 1 - decay)  # all of them in a few kernels
 
 
 # ---------------------------------------------------------------------------------------------
@@ -366,8 +374,8 @@ def train(config, distributed=data.Distributed()):
 
     while True:
         # Saving comes first, because a process that has to stop may have little time.
-        stop = torch.tensor(int(stop_requested), device=distributed.device)
-        stop = data.all_reduce_sum(stop).item() > 0  # on any process
+        flag = torch.tensor(int(stop_requested), device=distributed.device)
+        stop = data.all_reduce_sum(flag).item() > 0  # on any process
         if run.step > start and (stop or due(c.save_every)):
             save_checkpoint(run)
         if stop:
@@ -422,7 +430,9 @@ def log_step(run, losses, grad_norm, clips_per_second):
 
 @lru_cache(maxsize=1)
 def cost_of_clip(config):
-    """Returns the tokens of a clip and the FLOP of its forward and backward pass."""
+    """Returns the tokens of a clip, and the FLOP of its forward and backward pass if all weights
+    are trained.
+    """
     m, (T, H, W) = model_config(config), (config.frames, config.size // 8, config.width // 8)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         y = torch.empty(1, m.caption_length, m.caption_channels)
@@ -456,21 +466,21 @@ def validation_loss(run):
     """
     c, d = run.config, run.distributed
     sums = torch.zeros(4, dtype=torch.float64)
-    clips = min(64, len(run.validation))
-    size = c.micro_batch or 8
-    share = range(clips)[d.rank :: d.world_size]  # of this process
-    for start in range(0, len(share), size):
-        indices = share[start : start + size]
-        x0, y, mask = (to_device(v, d.device) for v in run.validation.batch(indices))
+    rows = run.validation.rows[:64]
+    share = rows[d.rank :: d.world_size]  # of this process
+    B = c.micro_batch or 8
+    for keys in (share[i : i + B] for i in range(0, len(share), B)):
+        batch = default_collate([run.validation.cache[row] for row in keys])
+        x0, y, mask = (to_device(tensor, d.device) for tensor in batch)
         for b in range(4):
-            keys = [("validation", i, b) for i in indices]
-            u = draw(torch.rand, c.seed, "t", keys)
+            u = draw(torch.rand, c.seed, f"validation t {b}", keys)
             t = (250 * b + (250 * u).long()).to(d.device)
-            noise = draw(torch.randn, c.seed, "noise", keys, *x0.shape[1:]).to(d.device)
+            noise = draw(torch.randn, c.seed, f"validation noise {b}", keys, *x0.shape[1:])
+            noise = noise.to(d.device)
             x_t = sample.q_sample(run.schedule, x0, t, noise)
             eps, _ = run.ema(x_t, t, y, mask).chunk(2, dim=1)
             sums[b] += (eps - noise).square().flatten(1).mean(1).sum().item()
-    return (data.all_reduce_sum(sums) / clips).tolist()
+    return (data.all_reduce_sum(sums) / len(rows)).tolist()
 
 
 def write_samples(run):
@@ -484,7 +494,7 @@ def write_samples(run):
     share = slice(d.rank, None, d.world_size)  # of this process
     videos = []
     if rows[share]:
-        x0, y, mask = default_collate([validation.cache[row] for row in rows[share]])
+        x0, y, mask = default_collate([validation.cache[row] for row in rows[share]])  # x0: shape
         options = dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
         options |= dict(batch_size=c.micro_batch or 32, steps=c.sample_steps, sampler="ddpm")
         videos = sample.generate(run.ema, run.vae, y, mask, keys[share], x0.shape[1:], **options)
@@ -494,9 +504,8 @@ def write_samples(run):
         shown = videos[: c.num_samples]
         path = Path(c.out) / "samples" / f"step_{run.step:08d}"
         sample.write_sheet(path.with_suffix(".png"), shown, captions)
-        write, suffix = (
-            (sample.write_gif, ".gif") if c.size <= 128 else (sample.write_video, ".mp4")
-        )
+        suffix = ".gif" if c.size <= 128 else ".mp4"
+        write = sample.write_gif if c.size <= 128 else sample.write_video
         write(path.with_suffix(suffix), torch.cat(shown, dim=-1), c.output_fps)
         line = {"step": run.step, "samples": str(path.with_suffix(suffix))}
         write_metrics(c.out, line | (evaluate_toy(captions, videos) if c.data == "toy" else {}))
@@ -505,8 +514,8 @@ def write_samples(run):
 
 def sample_rows(config, validation, last):
     """Which validation captions to generate videos for, as rows of the cache: the first
-    num_samples. On the toy each caption, unseen ones first; after the last step 2 videos per seen
-    caption and 8 per unseen one.
+    num_samples. On the toy, where row i has caption i, all of them, unseen ones first; after the
+    last step 2 videos per seen caption and 8 per unseen one.
     """
     if config.data != "toy":
         return validation.rows[: config.num_samples]
@@ -535,9 +544,7 @@ def evaluate_toy(captions, videos):
 
 
 def read_metrics(out):
-    """Returns the complete lines of a run's metrics.jsonl. After a crash it has the lines after the
-    last checkpoint twice, on the CPU with the same losses.
-    """
+    """Returns the complete lines of a run's metrics.jsonl."""
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -593,19 +600,26 @@ def save_checkpoint(run):
         torch.save(training, tmp / "training.pt")
         data.write_json(tmp / "state.json", state)
         os.replace(tmp, folder)
-        for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:
+        for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:  # none if 0
             shutil.rmtree(old)
     data.barrier()
 
 
 def load_checkpoint(folder, model, ema, optimizer, data_settings):
-    """Loads the state of a run and returns its step. Options of the optimizer are not taken from
-    the checkpoint, so that a resumed run may change them.
+    """Loads the state of a run and returns its step. UserError if its data, network or trainable
+    weights were others. The options of the optimizer may be new.
     """
     state = json.loads((folder / "state.json").read_text())
-    if state["data"] != data_settings:
-        raise UserError(f"{folder} was trained on other data: resume with the same, or use --init")
+    found = state["data"], json.loads((folder / "config.json").read_text())
+    expected = data_settings, json.loads(json.dumps(asdict(model.config)))
+    for old, new, name in zip(found, expected, ("data", "options of the network")):
+        changed = [f"{k} {old.get(k)}" for k in new if old.get(k) != new[k]]
+        other = f"{folder} was trained with other {name} ({', '.join(changed)})"
+        require(not changed, f"{other}: resume with the same, or use --init")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+    params = training["optimizer"]["param_groups"][0]["params"], optimizer.param_groups[0]["params"]
+    same = len(params[0]) == len(params[1])
+    require(same, f"{folder} trained other weights: resume with its --trainable, or use --init")
     model.load_state_dict(training["model"])
     options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     optimizer.load_state_dict(training["optimizer"])
@@ -632,10 +646,12 @@ def start_run(config, distributed):
     print0(f"{d.world_size} process(es) on {d.device}")
     if d.rank == 0:
         Path(c.out).mkdir(parents=True, exist_ok=True)
-        lines = read_metrics(c.out) if step else []
+        lines = read_metrics(c.out) if step else []  # those that will not be written again
+        lines = [m for m in lines if m["step"] < step or m["step"] == step and "loss" in m]
         (Path(c.out) / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
 
     dp_size = d.world_size // c.sp
+    B = c.micro_batch or c.batch_size // dp_size
     ddp_model, sp_mesh = model, None
     if c.sp > 1:  # sp consecutive ranks share each video
         names = ("dp", "sp")
@@ -647,7 +663,7 @@ def start_run(config, distributed):
         torch._dynamo.config.optimize_ddp = False
         options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
         ddp_model = DistributedDataParallel(model, **options)
-    indices = indices_from(c, step, d.rank // c.sp, dp_size)
+    indices = indices_from(step, c.batch_size, B, d.rank // c.sp, dp_size)
     return Run(
         config=c,
         distributed=d,
@@ -659,7 +675,7 @@ def start_run(config, distributed):
         optimizer=optimizer,
         schedule=sample.TRAIN_SCHEDULE.to(d.device),
         step=step,
-        micro_batches=c.batch_size // dp_size // (c.micro_batch or c.batch_size // dp_size),
+        micro_batches=c.batch_size // (B * dp_size),
         batches=prefetch(lambda i: training_batch(c, training, i), indices),
         vae=data.VAE(training.cache.encoders[0], d.device) if c.num_samples else None,
     )
@@ -758,8 +774,8 @@ def toy_caches(config, distributed):
 def parse_command_line(argv=None):
     """Returns the TrainConfig of a command line. --preset, --out and --resume are parsed first,
     because they determine the defaults: those of the preset, or the options of the run to resume.
-    A resumed run may change its steps, intervals, optimizer options and hardware; other data, model
-    or trainable weights end in an error, another seed or batch size in another stream of samples.
+    A resumed run may change its steps, intervals, optimizer options and hardware; another data set,
+    network or choice of trainable weights is an error.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy")

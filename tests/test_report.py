@@ -85,8 +85,8 @@ def test_A3_temporal_attention_follows_spatial_attention_in_every_block():
     for i in range(4):
         names = ("attn", "attn_temp", "cross_attn", "mlp")
         expected += [(i, name, B, T, S, D) for name in names]
-        assert model.blocks[i].attn.sequences == "(b t) s d"
-        assert model.blocks[i].attn_temp.sequences == "(b s) t d"
+        assert model.blocks[i].attn.pattern == "(b t) s d"
+        assert model.blocks[i].attn_temp.pattern == "(b s) t d"
     assert calls == expected
 
 

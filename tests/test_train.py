@@ -39,9 +39,7 @@ SHORT |= {"device": "cpu"}  # for the same numbers on every machine
 
 @pytest.fixture
 def config(toy, tmp_path):
-    return train.derive(
-        replace(TOY, preset="toy", data=str(toy / "train"), out=str(tmp_path / "run"), **SHORT)
-    )
+    return train.derive(replace(TOY, data=str(toy / "train"), out=str(tmp_path / "run"), **SHORT))
 
 
 def checkpoint_of(config):
@@ -117,15 +115,14 @@ def test_every_clip_comes_once_an_epoch_in_a_new_order():
     assert all(sorted(epoch) == rows for epoch in epochs) and len(set(epochs)) > 6
 
 
-@pytest.mark.parametrize("dp_size, micro_batch", [(1, 2), (2, None), (2, 2)])
-def test_processes_and_micro_batches_share_the_indices_of_a_step(dp_size, micro_batch):
-    config = TrainConfig(batch_size=8, micro_batch=micro_batch)
-    streams = [train.indices_from(config, 5, rank, dp_size) for rank in range(dp_size)]
-    n = 8 // dp_size // (micro_batch or 8 // dp_size)  # micro-batches of a step
+@pytest.mark.parametrize("dp_size, B", [(1, 2), (2, 4), (2, 2)])
+def test_processes_and_micro_batches_share_the_indices_of_a_step(dp_size, B):
+    streams = [train.indices_from(5, 8, B, rank, dp_size) for rank in range(dp_size)]
+    n = 8 // dp_size // B  # micro-batches of a step
     shares = [list(islice(stream, n)) for stream in streams]
     assert [next(stream)[0] // 8 for stream in streams] == dp_size * [6]  # the next step
     assert [p for parts in zip(*shares) for part in parts for p in part] == list(range(40, 48))
-    assert {len(part) for parts in shares for part in parts} == {micro_batch or 8 // dp_size}
+    assert {len(part) for parts in shares for part in parts} == {B}
 
 
 def test_draws_depend_on_seed_and_index_alone():
@@ -468,14 +465,19 @@ def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy
     settings = data.LatentCache(config.data).settings
     _, _, optimizer, _ = train.create_model(replace(resumed, beta2=0.5), "cpu", settings)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.5)
-    with pytest.raises(ValueError, match="doesn't match the size"):
+    with pytest.raises(UserError, match="trained other weights: resume with its --trainable"):
         train.create_model(replace(resumed, trainable="temporal"), "cpu", settings)
     new = train.parse_command_line(["--resume", "--out", config.out + "2"])
     assert new == replace(
         TOY, preset="toy", resume=True, out=config.out + "2"
     )  # there is none: it begins
-    with pytest.raises(UserError, match="was trained on other data: resume with the same"):
-        train.train(replace(resumed, data=str(toy / "validation")))
+    for change, message in (
+        ({"data": str(toy / "validation")}, r"with other data \(clips [0-9a-f]+\): resume with"),
+        ({"variant": "parallel"}, r"with other options of the network \(variant sequential\)"),
+        ({"space_scale": 0.5}, r"network \(space_scale 0.125\): resume with the same"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.train(replace(resumed, **change))
 
 
 BAD = {  # options that do not fit each other
