@@ -64,7 +64,7 @@ class Schedule(NamedTuple):
 
 
 def schedule_from_timesteps(timesteps):
-    """Returns the Schedule of a subset of the training timesteps: int64 [N], ascending, N >= 2."""
+    """Return the Schedule of a subset of the training timesteps: int64 [N], ascending, N >= 2."""
     betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)[timesteps]
     alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
@@ -85,7 +85,7 @@ def schedule_from_timesteps(timesteps):
 
 
 def make_schedule(steps=1000):
-    """Returns the training schedule, or `steps` of its timesteps, evenly spaced from 0 to 999."""
+    """Return the training schedule, or `steps` of its timesteps, evenly spaced from 0 to 999."""
     require(2 <= steps <= 1000, f"steps={steps}: expected 2 to 1000")
     timesteps = torch.linspace(0, 999, steps, dtype=torch.float64).round().long()
     return schedule_from_timesteps(timesteps)
@@ -95,30 +95,30 @@ TRAIN_SCHEDULE = make_schedule(1000)
 
 
 def extract(table, t, x):
-    """Returns table[t], shaped to multiply x [B, C, T, H, W]. t, here and below: indices into a
+    """Return table[t], shaped to multiply x [B, C, T, H, W]. t, here and below: indices into a
     schedule [B], or an int. In the training schedule an index is the timestep.
     """
     return table[t].to(x).view(-1, 1, 1, 1, 1)
 
 
 def q_sample(schedule, x0, t, noise):
-    """Returns x_t, a sample of q(x_t | x_0) (DDPM, eq. 4). x0, noise [B, C, T, H, W]; t [B]."""
+    """Return x_t, a sample of q(x_t | x_0) (DDPM, eq. 4). x0, noise [B, C, T, H, W]; t [B]."""
     return extract(schedule.alpha, t, x0) * x0 + extract(schedule.sigma, t, x0) * noise
 
 
 def predict_x0(schedule, x_t, t, eps):
-    """Returns x_0 for x_t and the predicted noise eps: q_sample solved for x0."""
+    """Return x_0 for x_t and the predicted noise eps: q_sample solved for x0."""
     return (x_t - extract(schedule.sigma, t, x_t) * eps) / extract(schedule.alpha, t, x_t)
 
 
 def posterior_mean(schedule, x0, x_t, t):
-    """Returns the mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
+    """Return the mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
     coef1, coef2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
     return extract(coef1, t, x0) * x0 + extract(coef2, t, x_t) * x_t
 
 
 def log_variance(schedule, var, t):
-    """Returns the log variance of a reverse step, interpolated between its bounds by the network's
+    """Return the log variance of a reverse step, interpolated between its bounds by the network's
     variance channels `var`: log beta-tilde at -1, log beta at 1 (IDDPM, eq. 15, whose v is w here).
     var is not clipped.
     """
@@ -136,7 +136,7 @@ def log_variance(schedule, var, t):
 
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
-    """Returns a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
+    """Return a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
     term of the VLB at t, in bits per dimension. v1 trains on their sum. (IDDPM has 0.001 times the
     sum of the VLB over 1000 steps, which is its mean over t.)
 
@@ -158,7 +158,7 @@ def diffusion_loss(schedule, out, x0, x_t, t, noise):
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_std):
-    """Returns the log probability of a bin of width 2/255 around x; the outer bins extend to
+    """Return the log probability of a bin of width 2/255 around x; the outer bins extend to
     infinity (DDPM, eq. 13). It suits pixels in [-1, 1] rather than latents, but v1 has it.
     """
     upper = torch.special.ndtr((x - mean + 1 / 255) * (-log_std).exp())
@@ -214,7 +214,7 @@ def dpm_step(schedule, i, x, x0, x0_last, **_):
 
 
 def dpm_schedule(steps):
-    """Returns a Schedule of steps + 1 evenly spaced timesteps from 0 to 999, without the 0, as in
+    """Return a Schedule of steps + 1 evenly spaced timesteps from 0 to 999, without the 0, as in
     diffusers: near t = 0 lambda changes so fast that the extrapolation would overshoot.
     """
     require(2 <= steps <= 999, f"steps={steps}: expected 2 to 999 with --sampler dpm")
@@ -239,7 +239,7 @@ SAMPLERS = {  # name: (its schedule, its step)
 
 
 def predict_noise_and_variance(model, x, t, y, mask, guidance, v1_guidance=False):
-    """Returns the guided eps and the variance channels, [B, C, T, H, W] each, for x
+    """Return the guided eps and the variance channels, [B, C, T, H, W] each, for x
     [B, C, T, H, W] at timestep t (scalar tensor).
 
     y [2B, L, E], mask [2B, L]: B captions, then B null captions; with guidance 1 only the first B
@@ -270,7 +270,7 @@ def sample_latents(
     sampler="ddpm",
     v1_guidance=False,
 ):
-    """Generates latents [B, C, T, H, W] for B captions. y [B, L, E], mask [B, L]; shape
+    """Generate latents [B, C, T, H, W] for B captions. y [B, L, E], mask [B, L]; shape
     (C, T, H, W) of one video's latents.
 
     keys: for each video a tuple that seeds its noise, see video_keys. Up to rounding, a video does
@@ -306,12 +306,12 @@ def sample_latents(
 
 
 def video_keys(seed, prompts):
-    """Returns the key of each video's noise: seed, prompt, and how often it occurred before."""
+    """Return the key of each video's noise: seed, prompt, and how often it occurred before."""
     return [(seed, "video", prompt, prompts[:i].count(prompt)) for i, prompt in enumerate(prompts)]
 
 
 def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
-    """Generates and decodes n videos, a list of uint8 [T, 3, H, W] in pixels. y [n, L, E], mask
+    """Generate and decodes n videos, a list of uint8 [T, 3, H, W] in pixels. y [n, L, E], mask
     [n, L]. batch_size: videos at a time. keys, shape, options: as for sample_latents().
     """
     device = next(model.parameters()).device
@@ -329,7 +329,7 @@ def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
 
 
 def write_video(path, frames, fps):
-    """Writes frames, uint8 [T, 3, H, W], as an H.264 MP4. The conversion to YCbCr uses the matrix
+    """Write frames, uint8 [T, 3, H, W], as an H.264 MP4. The conversion to YCbCr uses the matrix
     of BT.709, and the file says so; players guess the matrix of an untagged file.
     """
 
@@ -350,7 +350,7 @@ def write_video(path, frames, fps):
 
 
 def to_image(frame, height=0):
-    """Converts a frame, uint8 [3, H, W], to a PIL image; a small one is enlarged to about `height`
+    """Convert a frame, uint8 [3, H, W], to a PIL image; a small one is enlarged to about `height`
     pixels.
     """
     factor = max(1, round(height / frame.shape[-2]))
@@ -359,14 +359,14 @@ def to_image(frame, height=0):
 
 
 def write_gif(path, video, fps):
-    """Writes a video, uint8 [T, 3, H, W], as a looping GIF, enlarged to about 256 pixels."""
+    """Write a video, uint8 [T, 3, H, W], as a looping GIF, enlarged to about 256 pixels."""
     first, *rest = [to_image(frame, 256) for frame in video]
     options = {"save_all": True, "append_images": rest, "duration": round(1000 / fps), "loop": 0}
     data.atomic_write(path, lambda tmp: first.save(tmp, format="GIF", **options))
 
 
 def write_sheet(path, videos, captions):
-    """Writes a PNG with a row per video, uint8 [T, 3, H, W]: its caption above up to 8 frames."""
+    """Write a PNG with a row per video, uint8 [T, 3, H, W]: its caption above up to 8 frames."""
     T = len(videos[0])
     shown = torch.linspace(0, T - 1, min(T, 8)).round().long()
     rows = [[to_image(frame, 128) for frame in video[shown]] for video in videos]
@@ -392,12 +392,12 @@ def write_sheet(path, videos, captions):
 
 
 def newest_checkpoint(run):
-    """Returns the newest checkpoint folder of a run of train.py, or None."""
+    """Return the newest checkpoint folder of a run of train.py, or None."""
     return max(Path(run).glob("checkpoints/step_*"), default=None)
 
 
 def find_weights(source):
-    """Returns the local folder with the weights of a run of train.py, a folder, or a Hub name."""
+    """Return the local folder with the weights of a run of train.py, a folder, or a Hub name."""
     folder = newest_checkpoint(source) or data.local_folder(source)
     files = ["config.json", "model.safetensors", "sample.json"]
     help = (
@@ -417,7 +417,7 @@ def find_weights(source):
 
 
 def load_model(source, **changes):
-    """Loads the model of a run, folder or Hub name, in eval mode and fp32. changes: new values for
+    """Load the model of a run, folder or Hub name, in eval mode and fp32. changes: new values for
     fields of its config, e.g. space_scale. load_state_dict raises if a tensor is missing,
     unexpected or of the wrong shape.
     """
@@ -461,7 +461,7 @@ class SampleConfig:
 
 
 def resolve(config):
-    """Replaces the fields that are None by the settings of the weights, from their sample.json."""
+    """Replace the fields that are None by the settings of the weights, from their sample.json."""
     folder = find_weights(config.weights)
     file = folder / "sample.json"
     require(file.is_file(), f"{file} is missing; train.py and tools/convert_weights.py write it")
@@ -481,7 +481,7 @@ def resolve(config):
 
 
 def write_videos(out, prompts, videos, fps):
-    """Writes each video (uint8 [T, 3, H, W]) and a contact sheet, and prints their names."""
+    """Write each video (uint8 [T, 3, H, W]) and a contact sheet, and prints their names."""
     for i, (prompt, video) in enumerate(zip(prompts, videos)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         path = Path(out) / f"{i:02d}_{slug}"

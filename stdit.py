@@ -76,7 +76,7 @@ MODELS = {
 
 
 def get_1d_sincos_pos_embed(length, dim, scale):
-    """Returns sines, then cosines, of the positions index / scale: float64 [length, dim]."""
+    """Return sines, then cosines, of the positions index / scale: float64 [length, dim]."""
     position = torch.arange(length, dtype=torch.float64) / scale
     frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = position[:, None] * frequency  # [length, dim/2]
@@ -85,7 +85,7 @@ def get_1d_sincos_pos_embed(length, dim, scale):
 
 @lru_cache(maxsize=32)  # every step uses the same few grids
 def spatial_pos_embed(h, w, dim, scale, device):
-    """Returns fp32 [S, D], row-major in (h, w). As in DiT and the released weights, the first half
+    """Return fp32 [S, D], row-major in (h, w). As in DiT and the released weights, the first half
     of the channels encodes the column, the second the row. scale: a number or a pair (h, w).
     """
     scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
@@ -96,7 +96,7 @@ def spatial_pos_embed(h, w, dim, scale, device):
 
 @lru_cache(maxsize=32)
 def temporal_pos_embed(T, dim, scale, device):
-    """Returns fp32 [1, T, 1, D], to be added to tokens [B, T, S, D]."""
+    """Return fp32 [1, T, 1, D], to be added to tokens [B, T, S, D]."""
     return get_1d_sincos_pos_embed(T, dim, scale)[None, :, None].float().to(device)
 
 
@@ -180,7 +180,7 @@ def modulate(x, shift, scale):
 
 
 def split_rows(table):
-    """Splits [B, n, D] into n tensors [B, 1, 1, D], which can multiply tokens [B, T, S, D]."""
+    """Split [B, n, D] into n tensors [B, 1, 1, D], which can multiply tokens [B, T, S, D]."""
     return table[:, :, None, None].unbind(1)
 
 
@@ -240,7 +240,7 @@ class ParallelBlock(STDiTBlock):
 
 
 def add_position(x, pos):
-    """Adds the temporal position to the tokens themselves, as full and latte do. A single frame
+    """Add the temporal position to the tokens themselves, as full and latte do. A single frame
     gets none, as in an image model: the embedding of index 0 is not zero, its cosines are 1.
     """
     return x if pos is None or x.shape[1] == 1 else x + pos
@@ -416,7 +416,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
                 nn.init.zeros_(block.attn_temp.proj.weight)
 
     def forward(self, x, t, y, mask=None):
-        """Predicts noise and variance.
+        """Predict noise and variance.
 
         x [B, C, T, H, W] noisy latents; t [B] timesteps, 0 to 999; y [B, L, E] T5 embeddings;
         mask [B, L], True where a caption token is real, or None if all are. Returns
@@ -445,7 +445,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
 
 
 def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mesh=None):
-    """Prepares a model for training at scale, in place. Sampling uses the EMA copy, made before.
+    """Prepare a model for training at scale, in place. Sampling uses the EMA copy, made before.
 
     activation_checkpointing: what a block keeps for the backward pass. "none": everything. "full":
     its inputs, and the block is computed again. "selective": also the outputs of matrix products,
@@ -477,7 +477,7 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
 
 
 def compile_block(block):
-    """Compiles a block. All blocks share two graphs, with and without pos.
+    """Compile a block. All blocks share two graphs, with and without pos.
 
     mix_order_reduction is off because with it torch 2.14.1 loses gradients on GPUs: 4 of the 6 rows
     of mod's gradient are never stored (pytorch issue 193061, fixed by PR 193103).

@@ -153,7 +153,7 @@ PRESETS = {name: replace(config, preset=name) for name, config in PRESETS.items(
 
 
 def derive(config):
-    """Replaces the None of out, width and the two scales by their values."""
+    """Replace the None of out, width and the two scales by their values."""
     c = replace(config, width=config.width or config.size)
     return replace(
         c,
@@ -165,7 +165,7 @@ def derive(config):
 
 
 def model_config(config):
-    """Returns the STDiTConfig of a run."""
+    """Return the STDiTConfig of a run."""
     c = derive(config)
     scales = dict(space_scale=c.space_scale, time_scale=c.time_scale)
     return replace(MODELS[c.model], variant=c.variant, **scales)
@@ -190,7 +190,7 @@ class Stream:
         return len(self.rows)
 
     def batch(self, indices):
-        """Reads the clips at these indices: x0 [B, C, T, H, W], y [B, L, E], mask [B, L]."""
+        """Read the clips at these indices: x0 [B, C, T, H, W], y [B, L, E], mask [B, L]."""
         rows = []
         for index in indices:
             epoch, i = divmod(index, len(self.rows))
@@ -204,13 +204,13 @@ def permutation(seed, n, epoch):
 
 
 def draw(rand, seed, purpose, keys, *shape):
-    """Draws once per key with rand, which is torch.rand or torch.randn: [B, *shape]."""
+    """Draw once per key with rand, which is torch.rand or torch.randn: [B, *shape]."""
     generators = [keyed_generator(seed, purpose, key) for key in keys]
     return torch.stack([rand(shape, generator=g) for g in generators])
 
 
 def draw_timesteps(config, indices):
-    """Draws timesteps [B], 0 to 999: uniform, or logit-normal (arXiv 2403.03206)."""
+    """Draw timesteps [B], 0 to 999: uniform, or logit-normal (arXiv 2403.03206)."""
     if config.t_std is None:
         u = draw(torch.rand, config.seed, "timestep", indices)
     else:
@@ -220,7 +220,7 @@ def draw_timesteps(config, indices):
 
 
 def training_batch(config, stream, indices):
-    """Returns what a training step needs, on the CPU: x0 [B, C, T, H, W], y [B, L, E], mask [B, L],
+    """Return what a training step needs, on the CPU: x0 [B, C, T, H, W], y [B, L, E], mask [B, L],
     timesteps [B], noise [B, C, T, H, W], and drop [B], True where a caption is dropped.
     """
     x0, y, mask = stream.batch(indices)
@@ -231,7 +231,7 @@ def training_batch(config, stream, indices):
 
 
 def indices_from(step, batch_size, B, dp_rank, dp_size):
-    """Yields the indices of each micro-batch of a process, from a step on. With batch_size 8, B 2
+    """Yield the indices of each micro-batch of a process, from a step on. With batch_size 8, B 2
     and 2 processes, rank 0 gets 0-1 and 4-5, rank 1 gets 2-3 and 6-7, then 8-9 and so on.
     """
     for first in count(step * batch_size + dp_rank * B, batch_size):
@@ -239,7 +239,7 @@ def indices_from(step, batch_size, B, dp_rank, dp_size):
 
 
 def prefetch(read, keys):
-    """Yields read(key) for each of endlessly many keys; a thread reads the next one meanwhile."""
+    """Yield read(key) for each of endlessly many keys; a thread reads the next one meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(read, next(keys))
         for key in keys:
@@ -249,7 +249,7 @@ def prefetch(read, keys):
 
 
 def to_device(tensor, device):
-    """Copies a CPU tensor; to a GPU from pinned memory, so that the CPU does not wait for it."""
+    """Copy a CPU tensor; to a GPU from pinned memory, so that the CPU does not wait for it."""
     if str(device).startswith("cuda"):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -279,7 +279,7 @@ class Run:
 
 
 def train_step(run):
-    """Does one optimizer step. Returns the means of loss, MSE and VLB over the process's samples of
+    """Do one optimizer step. Returns the means of loss, MSE and VLB over the process's samples of
     the step, [3], and the norm of the gradient.
     """
     c = run.config
@@ -307,7 +307,7 @@ def train_step(run):
 
 
 def training_loss(run, x0, y, mask, t, noise, drop):
-    """Returns [3]: the loss to minimize, the mean MSE and the mean VLB. x0, noise [B, C, T, H, W];
+    """Return [3]: the loss to minimize, the mean MSE and the mean VLB. x0, noise [B, C, T, H, W];
     y [B, L, E]; mask [B, L]; t [B]; drop [B], True where the caption is dropped.
     """
     y, mask = drop_captions(y, mask, drop, run.model.y_embedder.y_embedding)
@@ -319,7 +319,7 @@ def training_loss(run, x0, y, mask, t, noise, drop):
 
 
 def drop_captions(y, mask, drop, null):
-    """Replaces captions by the null caption. y [B, L, E]; mask [B, L] bool; drop [B] bool; null
+    """Replace captions by the null caption. y [B, L, E]; mask [B, L] bool; drop [B] bool; null
     [L, E]. Returns the new (y, mask).
 
     The null caption is not masked. v1 keeps the mask of the replaced caption, so there "no caption"
@@ -329,7 +329,7 @@ def drop_captions(y, mask, drop, null):
 
 
 def loss_weights(config, schedule, t):
-    """Returns Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4,
+    """Return Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4,
     prediction of noise). The content of a video is decided at large t, where the loss is hundreds
     of times smaller than at small t (see the validation losses of a run).
     """
@@ -338,14 +338,14 @@ def loss_weights(config, schedule, t):
 
 
 def learning_rate(config, step):
-    """Returns the learning rate: linear warm-up, then constant or half-cosine decay to 0."""
+    """Return the learning rate: linear warm-up, then constant or half-cosine decay to 0."""
     decay = 0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.cosine else 1.0
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * decay
 
 
 @torch.no_grad()
 def update_ema(config, step, ema, model):
-    """Sets ema = decay * ema + (1 - decay) * weights. In the n-th step the decay is
+    """Set ema = decay * ema + (1 - decay) * weights. In the n-th step the decay is
     (1 + n) / (10 + n), at most ema_decay, so that the initial weights are soon forgotten.
     """
     n = step + 1
@@ -362,7 +362,7 @@ stop_requested = False
 
 
 def train(config, distributed=data.Distributed()):
-    """Trains from the first step, or from the newest checkpoint, to the last."""
+    """Train from the first step, or from the newest checkpoint, to the last."""
     begin = time.time()
     run = start_run(config, distributed)
     c = run.config
@@ -407,7 +407,7 @@ PEAK = {"A100": 312e12, "H100": 990e12, "H200": 990e12, "B200": 2250e12}  # FLOP
 
 
 def log_step(run, losses, grad_norm, clips_per_second):
-    """Prints the losses of this step, averaged over processes, and writes them to metrics.jsonl. On
+    """Print the losses of this step, averaged over processes, and writes them to metrics.jsonl. On
     CUDA also tokens per second, the share of the GPUs' peak rate and memory.
     """
     c, d = run.config, run.distributed
@@ -430,7 +430,7 @@ def log_step(run, losses, grad_norm, clips_per_second):
 
 @lru_cache(maxsize=1)
 def cost_of_clip(config):
-    """Returns the tokens of a clip, and the FLOP of its forward and backward pass if all weights
+    """Return the tokens of a clip, and the FLOP of its forward and backward pass if all weights
     are trained.
     """
     m, (T, H, W) = model_config(config), (config.frames, config.size // 8, config.width // 8)
@@ -450,7 +450,7 @@ def cost_of_clip(config):
 
 
 def evaluate(run):
-    """Prints the validation loss, writes it to metrics.jsonl and plots it."""
+    """Print the validation loss, writes it to metrics.jsonl and plots it."""
     losses = validation_loss(run)
     text = "  ".join(f"{loss:.4f}" for loss in losses)
     print0(f"step {run.step}  validation loss by t: {text}")
@@ -461,7 +461,7 @@ def evaluate(run):
 
 @torch.no_grad()
 def validation_loss(run):
-    """Returns the mean squared error of the noise on at most 64 validation clips: 4 numbers, for t
+    """Return the mean squared error of the noise on at most 64 validation clips: 4 numbers, for t
     in 0-249, 250-499, 500-749, 750-999. Clips are shared among processes.
     """
     c, d = run.config, run.distributed
@@ -484,7 +484,7 @@ def validation_loss(run):
 
 
 def write_samples(run):
-    """Generates sample videos, shared among processes, and writes the first num_samples as a
+    """Generate sample videos, shared among processes, and writes the first num_samples as a
     contact sheet and next to each other as a GIF, or above 128 pixels as an MP4.
     """
     c, d, validation = run.config, run.distributed, run.validation
@@ -525,7 +525,7 @@ def sample_rows(config, validation, last):
 
 
 def evaluate_toy(captions, videos):
-    """Counts the videos that match their captions: {"accuracy": {"seen": [matches, videos],
+    """Count the videos that match their captions: {"accuracy": {"seen": [matches, videos],
     "unseen": the same}, "quality": means of data.shape_quality over the matching videos, or None}.
     """
     labels = {data.caption_of(label): label for label in data.LABELS}
@@ -544,19 +544,19 @@ def evaluate_toy(captions, videos):
 
 
 def read_metrics(out):
-    """Returns the complete lines of a run's metrics.jsonl."""
+    """Return the complete lines of a run's metrics.jsonl."""
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write_metrics(out, line):
-    """Appends a line to metrics.jsonl."""
+    """Append a line to metrics.jsonl."""
     with open(Path(out) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def plot_losses(out):
-    """Writes loss.png: the MSE of the noise in training, and in validation by t."""
+    """Write loss.png: the MSE of the noise in training, and in validation by t."""
     from matplotlib.figure import Figure
 
     lines, figure = read_metrics(out), Figure(figsize=(8, 5), layout="constrained")
@@ -581,7 +581,7 @@ def plot_losses(out):
 
 
 def save_checkpoint(run):
-    """Writes out/checkpoints/step_N beside the others and renames it, so that it is never
+    """Write out/checkpoints/step_N beside the others and renames it, so that it is never
     half-written. Deletes all but the newest keep_checkpoints. Rank 0 does; the others wait.
     """
     c = run.config
@@ -606,7 +606,7 @@ def save_checkpoint(run):
 
 
 def load_checkpoint(folder, model, ema, optimizer, data_settings):
-    """Loads the state of a run and returns its step. UserError if its data, network or trainable
+    """Load the state of a run and returns its step. UserError if its data, network or trainable
     weights were others. The options of the optimizer may be new.
     """
     state = json.loads((folder / "state.json").read_text())
@@ -633,7 +633,7 @@ def load_checkpoint(folder, model, ema, optimizer, data_settings):
 
 
 def start_run(config, distributed):
-    """Opens the data, creates or loads the model, and sets up several processes."""
+    """Open the data, creates or loads the model, and sets up several processes."""
     c, d = derive(config), distributed
     check_options(c, d)
     training, validation = open_data(c, d)
@@ -682,7 +682,7 @@ def start_run(config, distributed):
 
 
 def check_options(config, distributed):
-    """Raises UserError for options that do not fit each other, before anything is made."""
+    """Raise UserError for options that do not fit each other, before anything is made."""
     c, n = config, distributed.world_size
     require(c.sp >= 1 and n % c.sp == 0, f"sp={c.sp} must divide the {n} process(es)")
     unit = n // c.sp * (c.micro_batch or 1)
@@ -703,7 +703,7 @@ def check_options(config, distributed):
 
 
 def create_model(config, device, data_settings):
-    """Returns model, EMA model, optimizer and step. The weights are random, those of --init, or
+    """Return model, EMA model, optimizer and step. The weights are random, those of --init, or
     those of the newest checkpoint in config.out, if there is one.
     """
     torch.manual_seed(config.seed)
@@ -725,7 +725,7 @@ def create_model(config, device, data_settings):
 
 
 def open_data(config, distributed):
-    """Returns the training and the validation Stream."""
+    """Return the training and the validation Stream."""
     c = config
     if c.data == "toy":
         caches = [open_cache(path, c) for path in toy_caches(c, distributed)]
@@ -738,7 +738,7 @@ def open_data(config, distributed):
 
 
 def open_cache(path, config):
-    """Returns the LatentCache at `path`; UserError if it does not fit the config."""
+    """Return the LatentCache at `path`; UserError if it does not fit the config."""
     if not path or not (Path(path) / "index.json").is_file():
         raise UserError(f"--data {path} is not a latent cache: make one with data.py")
     cache, model = data.LatentCache(path), MODELS[config.model]
@@ -750,7 +750,7 @@ def open_cache(path, config):
 
 
 def toy_caches(config, distributed):
-    """Makes the toy's two caches next to the run's folder, or checks those that exist. Returns
+    """Make the toy's two caches next to the run's folder, or checks those that exist. Returns
     their paths, for training and validation.
     """
     c, model = config, MODELS[config.model]
@@ -772,7 +772,7 @@ def toy_caches(config, distributed):
 
 
 def parse_command_line(argv=None):
-    """Returns the TrainConfig of a command line. --preset, --out and --resume are parsed first,
+    """Return the TrainConfig of a command line. --preset, --out and --resume are parsed first,
     because they determine the defaults: those of the preset, or the options of the run to resume.
     A resumed run may change its steps, intervals, optimizer options and hardware; another data set,
     network or choice of trainable weights is an error.
@@ -798,7 +798,7 @@ def parse_command_line(argv=None):
 
 
 def request_stop(number, frame):
-    """Handles SIGTERM and Ctrl-C: the run finishes its step, saves and stops. The next Ctrl-C stops
+    """Handle SIGTERM and Ctrl-C: the run finishes its step, saves and stops. The next Ctrl-C stops
     it immediately.
     """
     global stop_requested
