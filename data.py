@@ -5,8 +5,11 @@
 A SOURCE is a folder of videos (with --frames 1 also images), each with its caption in a .txt of
 the same name, or a CSV with the header "path,text" (paths relative to its folder). The frozen VAE
 turns frames into latents and the frozen T5 turns captions into embeddings; neither is trained, so a
-cache stores their outputs. diffusers and transformers are imported where they are used, since that
-takes seconds. The first two sections are helpers shared by all scripts.
+cache stores their outputs. The helpers at the end are shared by all scripts.
+
+Clips and Toy are data sets. A data set has a length, the lists captions and files (None for a toy
+clip), the dict settings, which determines all frames, and data_set[row]: the frames of a clip,
+uint8 [T, 3, H, W], or None if it is unreadable.
 
 Shapes in this file:
     B batch    T frames    C latent channels (4)    L caption tokens    E caption channels
@@ -16,16 +19,21 @@ Shapes in this file:
 import csv
 import hashlib
 import html
+import io
 import json
 import math
 import os
 import re
+import struct
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,238 +42,290 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torchvision.transforms.v2 import functional as tv
+from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------
-# Errors, random numbers, files, progress
+# Clips and captions
+
+NOT_CLIPS = {".txt", ".csv", ".json", ".md", ".srt", ".vtt", ".safetensors"}
 
 
-class UserError(Exception):
-    """An error the user can correct: what was found, what was expected and what to do."""
+def list_clips(source):
+    """The list of (path, caption) of a folder or a CSV. A caption may be empty."""
+    source = Path(source)
+    require(source.exists(), f"{source} not found; give a folder of clips, or a CSV: path,text")
+    if source.is_dir():
+        texts = {path: path.with_suffix(".txt") for path in list_files(source)}
+        rows = [(path, read_text(t) if t.is_file() else "") for path, t in texts.items()]
+    else:
+        rows = [(source.parent / row["path"], row["text"]) for row in read_table(source)]
+    require(rows, f"{source} lists no clips")
+    return [(path, clean_caption(text)) for path, text in rows]
 
 
-def require(ok, message):
-    if not ok:
-        raise UserError(message)
+def list_files(folder):
+    """The files of clips below a folder, also behind symbolic links, without hidden ones."""
+    files, entered = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in entered:  # a loop of links, or a second way to the same files
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(p for p in files if p.suffix.lower() not in NOT_CLIPS and p.is_file())
 
 
-def run_command(main):
-    """Run a script's main(); a UserError becomes one line on stderr and exit code 2."""
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte order mark."""
+    content = path.read_bytes()
     try:
-        main()
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or dist.is_initialized():  # before that all ranks fail alike: one prints
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if dist.is_initialized():  # not after a failure, where it could hang
-        dist.destroy_process_group()
+        require(
+            b"\0" not in content, f"{path}: zero bytes, so not UTF-8; convert it, e.g. by iconv"
+        )
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8; convert it, e.g. by iconv") from None
 
 
-def keyed_generator(*key):
-    """A torch.Generator seeded by a key: the seed, the purpose of the draw, and what identifies it
-    (position in the stream, row of a clip, epoch, prompt).
-
-    So a draw does not depend on the rank or on the place in a batch, a resumed run repeats it, and
-    checkpoints need no generator state.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # positive
-
-
-def atomic_write(path, write):
-    """Call write(temporary path), then rename: a file that exists under `path` is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{os.environ.get('RANK', 0)}.{path.name}")
-    write(tmp)
-    os.replace(tmp, path)
+def read_table(path):
+    """The rows of a CSV with the columns path and text, as dicts."""
+    csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
+    reader, rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True), []
+    try:
+        header = [name.strip() for name in reader.fieldnames or ()]
+        require({"path", "text"} <= {*header}, f"{path}, line 1: needs path,text; it has {header}")
+        reader.fieldnames = header
+        for row in reader:
+            complete = row["path"] and None not in row and None not in row.values()
+            found = "no path, a missing column, or a text with commas without quotes"
+            require(complete, f"{path}, line {reader.line_num}: {found}")
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{path}, the row at line {reader.line_num + 1}: {error}") from None
+    return rows
 
 
-def write_json(path, content):
-    atomic_write(path, lambda tmp: tmp.write_text(json.dumps(content, indent=1) + "\n"))
-
-
-def progress(items, label):
-    """Iterate with a progress bar on rank 0; without a terminal, a line every 15 seconds."""
-    options = dict(desc=label, leave=False, disable=os.environ.get("RANK", "0") != "0")
-    if sys.stderr.isatty():
-        return tqdm(items, **options)
-    line = "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
-    return tqdm(items, mininterval=15, delay=15, bar_format=line, **options)
-
-
-# ---------------------------------------------------------------------------------------------
-# Processes
-#
-# torchrun starts one process per GPU and tells each its rank. Without torchrun there is no process
-# group, and the collectives below do nothing.
-
-
-class Distributed(NamedTuple):
-    """Device, ranks and groups of this process. sp consecutive ranks share each video (sequence
-    parallelism); the dp_size = world_size / sp groups share the batch (data parallelism).
-    """
-
-    device: str
-    rank: int = 0
-    world_size: int = 1
-    dp_rank: int = 0
-    dp_size: int = 1
-    sp_group: dist.ProcessGroup | None = None
-
-
-def init_distributed(device="auto", sp=1):
-    """Join the process group of torchrun, if any, and choose the device: CUDA, MPS or CPU."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        mps = torch.backends.mps.is_available() and world_size == 1  # MPS is a single device
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    require(sp >= 1 and world_size % sp == 0, f"sp={sp} must divide the {world_size} process(es)")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) % sp:
-        print0(f"warning: groups of sp={sp} processes span machines, whose links are slow")
-    if world_size == 1:
-        return Distributed(device)
-    kind, backend = device, "gloo"
-    if kind == "cuda":
-        device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    timeout = timedelta(hours=12)  # long, since ranks wait while rank 0 generates samples
-    device_id = torch.device(device) if kind == "cuda" else None
-    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    sp_group = dist.new_subgroups(sp, timeout=timeout)[0] if sp > 1 else None
-    rank = dist.get_rank()
-    return Distributed(device, rank, world_size, rank // sp, world_size // sp, sp_group)
-
-
-def print0(text):
-    """Print on rank 0, above a progress bar."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-def all_reduce_sum(tensor):
-    """Sum a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def barrier():
-    """Wait for all processes, on the CPU."""
-    all_reduce_sum(torch.zeros(1))
+def clean_caption(text):
+    """Lower case, without web addresses and HTML. v1 cleans its captions and prompts too."""
+    attribute = r"""\s+[\w:-]+\s*=\s*("[^"]*"|'[^']*'|[^\s<>]+)"""
+    tag = rf"</?[a-z]\w*({attribute})*\s*/?>"  # not "I <3 my dog who runs -> jumps"
+    address = r"(https?://|\bwww\.)(\S*[^\s.,;:!?)\]}\"'<>])?"  # without punctuation after it
+    text = re.sub(f"{tag}|{address}", " ", html.unescape(text).lower())
+    return " ".join(text.split())
 
 
 # ---------------------------------------------------------------------------------------------
 # Reading clips
 #
-# A training sample is T frames of a clip, `stride` source frames apart, from a random start (a
-# temporal crop). Listing the packets of a file gives the presentation times of all frames without
-# decoding any; decoding then starts at the keyframe before the first of them and stops at the last.
-# v1 decoded the whole video. An image is a video of one frame.
+# A training sample is a temporal crop: T frames of a clip, `stride` source frames apart, from a
+# random start. An image is a video of one frame. Frames are what the decoder gives, in its order;
+# how many there are is known when it ends. Packets of a file do not tell: in AVI they have no
+# presentation times, one may hold half a frame or a hidden one, and after a cut some cannot be
+# decoded. So the start is drawn over the number of packets, and if the clip ends early, it is drawn
+# again over the number of frames.
+#
+# Where packets should be frames, decoding begins at the keyframe before the start and leaves out
+# frames that no other frame needs. If the decoder then gives other frames than the listed ones, the
+# clip is decoded from its beginning instead.
 
-NOT_CLIPS = {".txt", ".csv", ".json", ".md", ".srt", ".vtt", ".safetensors"}
+TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}  # containers that store presentation times
+ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9"}  # codecs; not if interlaced, which is noticed
+ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")  # with several frames for FFmpeg, else for Pillow
+IMAGES = (*ANIMATED, "JPEG", "BMP", "TIFF")
+HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics
+TO_SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709,format=yuv420p"
+# What PyAV and Pillow raise for damaged files
+DAMAGE = (av.FFmpegError, OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error)
 
 
 class UnreadableClip(Exception):
     """A clip that cannot be used, and why. It is reported and skipped."""
 
 
-def list_clips(source):
-    """The list of (path, caption) of a folder or a CSV. A caption may be empty."""
-    source, rows = Path(source), []
-    require(source.exists(), f"{source} not found; give a folder of clips, or a CSV: path,text")
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-            if path.is_file() and path.suffix.lower() not in NOT_CLIPS and not hidden:
-                text = path.with_suffix(".txt")
-                rows.append((path, text.read_text("utf-8-sig", "replace") if text.exists() else ""))
-    else:
-        with open(source, newline="", encoding="utf-8-sig", errors="replace") as file:
-            reader = csv.DictReader(file)
-            if not {"path", "text"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{source} needs the header path,text; it has {reader.fieldnames}")
-            for row in reader:
-                if not row["path"] or None in row:
-                    line = f"{source}, line {reader.line_num}"
-                    raise UserError(f"{line}: no path, or a text with commas without quotes")
-                rows.append((source.parent / row["path"], row["text"] or ""))
-    require(rows, f"{source} lists no clips")
-    return [(path, clean_caption(text)) for path, text in rows]
-
-
-def clean_caption(text):
-    """Lower case, without web addresses and HTML. v1 cleans its captions and prompts too."""
-    text = re.sub(r"https?://\S+|www\.\S+|<[^>]*>", " ", html.unescape(text).lower())
-    return " ".join(text.split())
-
-
-def open_video(path):
-    path = Path(path).absolute()  # FFmpeg would parse a relative path with a colon as a URL
-    return av.open(str(path), metadata_errors="replace")
-
-
-def video_stream(container):
-    stream = container.streams.best("video")
-    if stream is None or stream.codec_context is None:
-        raise UnreadableClip("no video stream that FFmpeg can decode")
-    return stream
-
-
-def frame_times(path):
-    """Presentation times of all frames in order, in the stream's time base; decodes nothing."""
-    with open_video(path) as container:
-        packets = container.demux(video_stream(container))
-        times = {p.pts for p in packets if p.size and not p.is_discard}
-    if None in times:
-        raise UnreadableClip("packets without presentation times; convert it, e.g. to MP4")
-    return sorted(times)
-
-
-def decode(path, times, transform=lambda frame: frame):
-    """The frames at these presentation times: uint8 [T, 3, H, W], RGB, rotated according to the
-    metadata. transform is applied to each frame [3, H, W] as soon as it is decoded, so that only
-    one is in memory in full size.
-    """
-    found = {}
-    for start in (times[0], None):  # seek; if it overshot (AVI), decode from the beginning
-        with open_video(path) as container:
-            stream = video_stream(container)
-            stream.codec_context.thread_count = 1  # clips are read in parallel instead
-            if start is not None:
-                container.seek(start, stream=stream, backward=True)
-            for frame in container.decode(stream):
-                if frame.pts in times:
-                    image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                    found[frame.pts] = transform(torch.from_numpy(image.copy()).permute(2, 0, 1))
-                if len(found) == len(times):
-                    return torch.stack([found[t] for t in times])
-    raise UnreadableClip(f"{len(found)} of {len(times)} frames could be decoded")
-
-
 def read_frames(path, frames, stride=1, generator=None, transform=lambda frame: frame):
     """Read a temporal crop of a clip: uint8 [T, 3, H, W], T = `frames` frames, `stride` source
-    frames apart. The generator draws the first one; without it, the crop is in the middle of the
-    clip. UnreadableClip if the clip is too short or cannot be decoded.
+    frames apart. The generator draws the first one; without it, the crop is in the middle.
+    transform is applied to each frame [3, H, W] as soon as it is decoded, so that only one is in
+    memory in full size. UnreadableClip if the clip is too short or cannot be decoded.
     """
-    try:
-        times = frame_times(path)
+
+    def crop(count):
         span = (frames - 1) * stride + 1
-        starts = len(times) - span + 1
+        starts = count - span + 1
         if starts < 1:
-            raise UnreadableClip(f"{len(times)} frames; {frames} at stride {stride} need {span}")
+            raise UnreadableClip(f"{count} frames; {frames} at stride {stride} need {span}")
         start = int(torch.randint(starts, (1,), generator=generator)) if generator else starts // 2
-        return decode(path, times[start : start + span : stride], transform)
-    except (av.FFmpegError, OSError, IndexError) as error:  # IndexError: a damaged .ts in PyAV
+        return range(start, start + span, stride)
+
+    return read_chosen(path, crop, transform)
+
+
+def read_chosen(path, choose, transform=lambda frame: frame):
+    """Read the frames of a clip with the numbers choose(number of frames): uint8 [T, 3, H, W]."""
+    if not os.path.isfile(path):
+        raise UnreadableClip("no such file")
+    try:
+        image = read_image(path)
+        if image is not None:
+            return torch.stack([transform(image) for _ in choose(1)])
+        count, times = list_packets(path)
+        numbers = choose(count)
+        found, end = decode(path, numbers, transform, times)
+        if times and len(found) < len({*numbers}):  # packets are not frames
+            found, end = decode(path, numbers, transform)
+        if not end:
+            raise UnreadableClip("FFmpeg can decode no frame of it")
+        if len(found) < len({*numbers}):  # fewer frames than packets
+            numbers = choose(end)
+            found, end = decode(path, numbers, transform)
+        return torch.stack([found[number] for number in numbers])
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        if isinstance(error, (OSError, MemoryError)) and error.errno:
+            raise  # of the system, such as a limit on threads or open files: the clip may be good
         raise UnreadableClip(f"{type(error).__name__}: {error}") from None
+
+
+def read_image(path):
+    """The pixels of an image, uint8 [3, H, W], or None if the file is not a still image."""
+    try:
+        with Image.open(path, formats=IMAGES) as image:
+            if image.format in ANIMATED and image.is_animated:
+                return None
+            return torch.from_numpy(on_white(ImageOps.exif_transpose(image))).permute(2, 0, 1)
+    except UnidentifiedImageError:
+        return None
+
+
+def on_white(image):
+    """The pixels of a PIL image on white, uint8 [H, W, 3]."""
+    if image.mode.startswith("I;16"):  # convert() would clip it at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UnreadableClip("an image of 32 bits per value; convert it to 8 or 16")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return np.array(Image.alpha_composite(white, image).convert("RGB"))
+
+
+@contextmanager
+def open_video(path):
+    """Open a file with FFmpeg: its container and its video stream."""
+    path = Path(path).absolute()  # FFmpeg would parse a relative path with a colon as a URL
+    with av.open(str(path), metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.codec_context is None:
+            raise UnreadableClip("no video stream that FFmpeg can decode")
+        stream.codec_context.thread_count = 1  # clips are read in parallel instead
+        yield container, stream
+
+
+def list_packets(path):
+    """The number of packets of a clip and, if each should be a frame, their presentation times in
+    order, else an empty list. Decodes nothing.
+    """
+    with open_video(path) as (container, stream):
+        packets = container.demux(stream)
+        packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
+        codec = stream.codec.canonical_name
+        frames = container.format.name in TIMED and codec in ONE_FRAME_PER_PACKET
+    times = {time for time, _ in packets}
+    if frames and len(times) == len(packets) > 0 and None not in times:
+        if packets[0] == (min(times), True):  # no packet before the first keyframe
+            return len(packets), sorted(times)
+    return len(packets), []
+
+
+def decode(path, numbers, transform, times=()):
+    """Decode the frames with these numbers. Returns {number: transform(frame)}, with frames missing
+    if the clip ends early or if its frames do not have the given times, and the number of frames
+    counted.
+    """
+    first, last = min(numbers), max(numbers)
+    found, damaged = {}, False
+    with open_video(path) as (container, stream):
+        count = first if times else 0
+        if times:
+            container.seek(times[first], stream=stream)
+        for frame in decoded_frames(container, stream, times[first : last + 1]):
+            damaged = frame.is_corrupt or damaged and not frame.key_frame
+            if times and frame.pts < times[first]:
+                continue
+            if times and (damaged or count <= last and frame.pts != times[count]):
+                break
+            if damaged and count >= first:
+                raise UnreadableClip(f"frame {count} is damaged, or one before it")
+            if count in numbers:
+                found[count] = transform(to_rgb(frame, stream))
+            count += 1
+            # A frame can depend on later ones, at most this many, which may be damaged.
+            if count > last + stream.codec_context.reorder_depth:
+                break
+    return found, count
+
+
+def decoded_frames(container, stream, times):
+    """The frames of a stream, deinterlaced. If times are given, of the frames with other times only
+    those that other frames depend on.
+    """
+    codec, graph, begun = stream.codec_context, None, False
+    packets = (packet for packet in container.demux(stream) if packet.size)
+    for packet in chain(packets, [None]):  # None: the frames that the decoder still holds
+        needed = not times or packet is None or times[0] <= packet.pts <= times[-1]
+        codec.skip_frame = "DEFAULT" if needed else "NONREF"
+        try:
+            frames = codec.decode(packet)
+        except av.InvalidDataError:
+            if times:
+                return
+            if begun:
+                raise
+            continue  # the clip was cut after a keyframe
+        begun = begun or bool(frames)
+        if graph is None and any(frame.interlaced_frame for frame in frames):
+            if times:
+                return  # bwdif needs the frame before
+            graph = av.filter.Graph()
+            bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced:threads=1")
+            source, sink = graph.add_buffer(template=stream), graph.add("buffersink")
+            graph.link_nodes(source, bwdif, sink).configure()
+        if graph is None:
+            yield from frames
+        else:  # each frame is returned when the next one is there
+            for frame in frames if packet else [*frames, None]:
+                graph.vpush(frame)
+                with suppress(av.BlockingIOError, av.EOFError):
+                    yield graph.vpull()
+
+
+def to_rgb(frame, stream):
+    """A frame as players show it, uint8 [3, H, W]: with square pixels, upright, on white."""
+    if frame.color_trc in HDR:
+        raise UnreadableClip(
+            f"HDR ({HDR[frame.color_trc]}); convert it: ffmpeg -i IN -vf {TO_SDR} OUT"
+        )
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+    alpha = any(component.is_alpha for component in frame.format.components)
+    # By default FFmpeg would start a thread per core for every frame.
+    options = dict(format="rgba" if alpha else "rgb24", threads=1)
+    image = frame.to_ndarray(width=max(1, round(frame.width * aspect)), **options)
+    if alpha:
+        image = on_white(Image.fromarray(image))
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = struct.unpack_from("5i", bytes(matrix))  # (x, y) to (ax + cy, bx + dy)
+        if abs(b) > abs(a):
+            image, a, d = image.transpose(1, 0, 2), c, b
+        image = np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def center_crop_and_resize(frames, height, width):
@@ -274,87 +334,43 @@ def center_crop_and_resize(frames, height, width):
     """
     H, W = frames.shape[-2:]
     scale = min(H / height, W / width)
-    crop = [max(1, round(height * scale)), max(1, round(width * scale))]
-    frames = tv.center_crop(frames, crop)
-    return tv.resize(frames, [height, width], antialias=True)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = round((H - h) / 2), round((W - w) / 2)
+    crop = frames[..., top : top + h, left : left + w].reshape(-1, 3, h, w)
+    out = interpolate(crop, (height, width), mode="bilinear", antialias=True)
+    return out.view(*frames.shape[:-2], height, width)
 
 
 class Clips:
-    """Clips read from their files. clips[row] is uint8 [T, 3, size, width], or None and a warning
-    if the clip is unreadable. The temporal crop is random, but the same at every reading: it is
-    keyed on the seed and the row.
+    """Clips read from their files, T = `frames` frames of size x width pixels; an unreadable one is
+    reported. A temporal crop is random, but the same at every reading: it is keyed on the seed and
+    the row.
     """
 
     def __init__(self, source, frames, stride, size, width, seed):
-        self.rows = list_clips(source)
-        self.captions = [text for _, text in self.rows]
-        listed = [(os.path.relpath(path, source), text) for path, text in self.rows]
+        rows = list_clips(source)
+        self.files = [path for path, _ in rows]
+        self.captions = [text for _, text in rows]
+        listed = [(os.path.relpath(path, source), text) for path, text in rows]
         identity = hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
-        self.settings = dict(  # everything that determines the frames
+        self.settings = dict(
             clips=identity, frames=frames, stride=stride, size=size, width=width, seed=seed
         )
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.files)
 
     def __getitem__(self, row):
-        (path, text), s = self.rows[row], self.settings
+        path, s = self.files[row], self.settings
         generator = keyed_generator(s["seed"], "crop", row)
         transform = partial(center_crop_and_resize, height=s["size"], width=s["width"])
         try:
-            if not text:
+            if not self.captions[row]:
                 raise UnreadableClip("no caption: write one, or run tools/caption.py")
             return read_frames(path, s["frames"], s["stride"], generator, transform)
         except UnreadableClip as error:
             print(f"warning: skipped {path}: {error}", file=sys.stderr, flush=True)
             return None
-
-
-# ---------------------------------------------------------------------------------------------
-# Writing videos and images
-
-
-def write_video(path, frames, fps):
-    """Write frames, uint8 [T, 3, H, W], as an H.264 MP4."""
-
-    def write(tmp):
-        with av.open(str(tmp), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
-            stream.height, stream.width = frames.shape[-2:]
-            for image in frames.permute(0, 2, 3, 1).contiguous().numpy():  # [H, W, 3]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
-
-    atomic_write(path, write)
-
-
-def to_image(frame, height=0):
-    """The PIL image of a frame, uint8 [3, H, W]; a small one is enlarged to about `height`."""
-    factor = max(1, round(height / frame.shape[-2]))
-    image = Image.fromarray(frame.permute(1, 2, 0).numpy())
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def write_gif(path, video, fps):
-    """Write a video, uint8 [T, 3, H, W], as a looping GIF; small ones are enlarged to about 256."""
-    first, *rest = [to_image(frame, 256) for frame in video]
-    options = {"save_all": True, "append_images": rest, "duration": round(1000 / fps), "loop": 0}
-    atomic_write(path, lambda tmp: first.save(tmp, format="GIF", **options))
-
-
-def write_sheet(path, videos, captions):
-    """Write a PNG with a row per video, uint8 [T, 3, H, W]: its caption above up to 8 frames."""
-    T = len(videos[0])
-    shown = torch.linspace(0, T - 1, min(T, 8)).round().long()
-    rows = [[to_image(frame, 128) for frame in video[shown]] for video in videos]
-    width, height = rows[0][0].width + 4, rows[0][0].height + 24
-    sheet = Image.new("RGB", (len(shown) * width + 4, len(rows) * height + 4), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for r, (images, caption) in enumerate(zip(rows, captions)):
-        draw.text((6, r * height + 4), caption, fill="black", font=font)
-        for k, image in enumerate(images):
-            sheet.paste(image, (4 + k * width, 24 + r * height))
-    atomic_write(path, lambda tmp: sheet.save(tmp, format="PNG"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -365,16 +381,26 @@ def write_sheet(path, videos, captions):
 # the Hub. One source may hold both: PixArt-alpha's has vae/, text_encoder/ and tokenizer/.
 
 
-def load_frozen(load, source, part, **options):
-    """Call load, some from_pretrained, on the subfolder `part` of a source, or on the source
-    itself.
+def local_folder(source):
+    """The Path of a local folder, also one relative to this file, or None for a name on the Hub,
+    owner/name. UserError if neither: a local folder that is missing is not looked up on the Hub.
     """
-    # "assets/vae" works from any folder
-    path = next((p for p in (Path(source), ROOT / source) if p.is_dir()), source)
-    reasons = []
-    for subfolder in (part, ""):
+    for path in (Path(source).expanduser(), ROOT / source):
+        if path.is_dir():
+            return path
+    owner, _, name = str(source).partition("/")
+    hub = re.fullmatch(r"\w[\w.-]*", owner) and re.fullmatch(r"\w[\w.-]*", name)
+    hub = hub and owner not in ("out", "weights", "assets", "samples")
+    require(hub, f"{source} not found; give a local folder, or a name on the Hub, owner/name")
+
+
+def load_frozen(load, source, part, **options):
+    """Call load, some from_pretrained, on the subfolder `part` of a source, if it has one."""
+    folder, reasons = local_folder(source), []
+    subfolders = [part, ""] if folder is None else [part if (folder / part).is_dir() else ""]
+    for subfolder in subfolders:  # which of them is on the Hub is found out by trying
         try:
-            return load(str(path), subfolder=subfolder, **options)
+            return load(str(folder or source), subfolder=subfolder, **options)
         except (OSError, ValueError, SafetensorError) as error:
             reasons.append(str(error).strip().split("\n")[0])
     raise UserError(f"{source} has no {part} that can be loaded: {'; '.join(reasons)}")
@@ -390,7 +416,7 @@ class VAE:
     """
 
     def __init__(self, source, device="cpu", dtype=None, micro_batch=16):
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderKL  # here, because the import takes seconds
 
         self.dtype = dtype or default_dtype(device)
         # low_cpu_mem_usage=True, the default, would need the package accelerate
@@ -431,9 +457,9 @@ class VAE:
         """UserError unless the VAE and the patches divide a video of this size."""
         pt, ph, pw = patch_size
         h, w = ph * self.factor, pw * self.factor
-        if frames % pt or size % h or width % w:
-            found = f"frames={frames} size={size} width={width}"
-            raise UserError(f"{found}: expected multiples of {pt}, {h}, {w}")
+        found = f"frames={frames} size={size} width={width}"
+        fits = frames % pt == 0 and size % h == 0 and width % w == 0
+        require(fits, f"{found}: expected multiples of {pt}, {h}, {w}")
 
 
 def to_uint8(video):
@@ -468,7 +494,7 @@ class T5:
         return torch.cat(y).float() * mask[..., None], mask.bool()  # [B, L, E], [B, L]
 
 
-def fingerprint(vae, t5):
+def hash_encoders(vae, t5):
     """12 hex digits that identify the encoders' weights: a hash of the first value of each tensor,
     in bf16, so that it is the same for weights loaded in fp32 and in bf16.
     """
@@ -484,62 +510,91 @@ def fingerprint(vae, t5):
 # reads their outputs in every epoch: for each clip one safetensors file with the latents of one
 # temporal crop, sampled from the VAE's posterior, and the T5 embeddings without padding, in fp16,
 # which is enough for outputs (only activations inside T5 overflow). 64x512x512 pixels take 2.1 MB,
-# 120 tokens of T5-XXL 0.98 MB. index.json is written last: a cache that has it is complete. The
-# crop is the same in all epochs, so cut long videos into clips first; and write captions first,
-# since a cache belongs to one list of clips and captions.
+# 120 tokens of T5-XXL 0.98 MB. The crop is the same in all epochs, so cut long videos into clips
+# first; and write captions first, since a cache belongs to one list of clips and captions. A clip
+# whose file was replaced is encoded again. index.json is written last: then the cache is complete.
 
 
-def write_cache(clips, out, vae, t5, distributed=Distributed("cpu")):
+def write_cache(clips, out, vae, t5, distributed=None):
     """Encode Clips (or Toy) into the folder `out` and return its LatentCache. Existing files are
     kept, so a call after an interruption continues; each process encodes every world_size-th clip.
     """
-    out, rank, world_size = Path(out), distributed.rank, distributed.world_size
-    files = [out / f"{row:06d}.safetensors" for row in range(len(clips))]
+    out, d = Path(out), distributed or Distributed()
     settings = clips.settings | dict(
-        encoder_hash=fingerprint(vae, t5), caption_length=t5.length, caption_channels=t5.channels
+        encoder_hash=hash_encoders(vae, t5), caption_length=t5.length, caption_channels=t5.channels
     )
     if (out / "settings.json").exists():
         found = json.loads((out / "settings.json").read_text())
-        if found != settings:
-            changed = ", ".join(k for k in settings if found.get(k) != settings[k])
-            raise UserError(f"{out} was made with other {changed}: delete it or change --out")
-    elif rank == 0:
+        changed = ", ".join(k for k in settings if found.get(k) != settings[k])
+        require(
+            found == settings, f"{out} was made with other {changed}: delete it or change --out"
+        )
+    elif d.rank == 0:
         write_json(out / "settings.json", settings)
 
-    rows = [row for row in range(len(clips))[rank::world_size] if not files[row].exists()]
+    files = [out / f"{row:06d}.safetensors" for row in range(len(clips))]
+    stamps = [file_stamp(path) for path in clips.files]
+    share = range(len(clips))[d.rank :: d.world_size]
+    rows = [row for row in share if not is_encoded(files[row], stamps[row])]
     with ThreadPoolExecutor() as pool:  # FFmpeg releases the GIL
-        for i in progress(range(0, len(rows), 16), f"encoding {out}, 16 clips at a time"):
-            part = rows[i : i + 16]
-            for row, frames in zip(part, pool.map(clips.__getitem__, part)):
-                if frames is None:
-                    continue
-                generator = keyed_generator(settings["seed"], "posterior", row)
-                latents = vae.encode(frames, generator)  # [C, T, H/8, W/8]
-                y, mask = t5.encode([clips.captions[row]])  # [1, L, E], [1, L]
-                tensors = {"latents": latents, "y": y[0, mask[0]]}  # y [tokens, E]
-                tensors = {k: v.half().cpu().contiguous() for k, v in tensors.items()}
-                atomic_write(files[row], partial(save_file, tensors))
+        reads = (pool.submit(clips.__getitem__, row) for row in rows)
+        ahead = deque(islice(reads, 16))  # clips that are read while others are encoded
+        for row in progress(rows, f"encoding {out}"):
+            frames = ahead.popleft().result()
+            ahead.extend(islice(reads, 1))
+            files[row].unlink(missing_ok=True)
+            if frames is None:
+                continue
+            generator = keyed_generator(settings["seed"], "posterior", row)
+            latents = vae.encode(frames, generator)  # [C, T, H/8, W/8]
+            y, mask = t5.encode([clips.captions[row]])  # [1, L, E], [1, L]
+            tensors = {"latents": latents, "y": y[0, mask[0]]}  # y [tokens, E]
+            tensors = {k: v.half().cpu().contiguous() for k, v in tensors.items()}
+            metadata = {"file": json.dumps(stamps[row])} if stamps[row] else None
+            atomic_write(files[row], partial(save_file, tensors, metadata=metadata))
     barrier()
-    if rank == 0:
-        made = [(row, clips.captions[row]) for row, file in enumerate(files) if file.exists()]
+    if d.rank == 0:
+        made = [row for row, file in enumerate(files) if file.exists()]
         print0(f"{out}: {len(made)} of {len(clips)} clips")
         require(made, "no clip is readable, see the warnings")
-        index = {"settings": settings, "encoders": [vae.source, t5.source], "clips": made}
+        index = {"settings": settings, "encoders": [vae.source, t5.source]}
+        index |= {"clips": [(row, clips.captions[row], stamps[row]) for row in made]}
         write_json(out / "index.json", index)
     barrier()
     return LatentCache(out)
 
 
+def file_stamp(path):
+    """[path, bytes, time of modification] of a clip's file, None if there is none."""
+    if path is None or not os.path.isfile(path):
+        return None
+    status = os.stat(path)
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+
+
+def is_encoded(file, stamp):
+    """Whether a file of a cache was made from the clip's present file, wherever that is now."""
+    if not file.exists():
+        return False
+    with safe_open(file, "pt") as tensors:
+        found = json.loads((tensors.metadata() or {}).get("file", "null"))
+    return (found and found[1:]) == (stamp and stamp[1:])
+
+
 class LatentCache:
     """The clips of a cache, a map-style data set. cache[i] is (latents [C, T, H/8, W/8], y [L, E],
-    mask [L]).
+    mask [L]). UserError if files of clips were replaced since.
     """
 
     def __init__(self, folder):
         index = json.loads((Path(folder) / "index.json").read_text())
         self.settings, self.encoders = index["settings"], index["encoders"]
-        self.files = [Path(folder) / f"{row:06d}.safetensors" for row, _ in index["clips"]]
-        self.captions = [caption for _, caption in index["clips"]]
+        self.files = [Path(folder) / f"{row:06d}.safetensors" for row, *_ in index["clips"]]
+        self.captions = [caption for _, caption, *_ in index["clips"]]
+        stamps = [stamp[0] for _, _, *stamp in index["clips"] if stamp and stamp[0]]
+        changed = [stamp[0] for stamp in stamps if file_stamp(stamp[0]) not in (stamp, None)]
+        found = f"{len(changed)} clips have changed since {folder} was made, such as"
+        require(not changed, f"{found} {changed[:1]}: run data.py again")
 
     def __len__(self):
         return len(self.files)
@@ -548,17 +603,17 @@ class LatentCache:
         tensors, length = load_file(self.files[i]), self.settings["caption_length"]
         y = tensors["y"].float()  # [tokens, E]
         mask = torch.arange(length) < len(y)
-        y = torch.nn.functional.pad(y, (0, 0, 0, length - len(y)))  # [L, E]
+        y = pad(y, (0, 0, 0, length - len(y)))  # [L, E]
         return tensors["latents"].float(), y, mask
 
 
 # ---------------------------------------------------------------------------------------------
 # The toy data: moving shapes with captions, and a detector
 #
-# One colored shape moves over a plain background; three words of the caption name color, shape and
-# direction. The detector recovers these words from the pixels; it measures whether a generated
-# video matches its caption. Six triples of words are never in the training set, although every pair
-# of words is: to generate them, a model must have learned the words separately.
+# One colored shape moves over a plain background. Color, shape and direction are the clip's label
+# and three words of its caption. The detector recovers the label from the pixels; it measures
+# whether a generated video matches its caption. Six labels are never in the training set, although
+# every pair of their words is: to generate them, a model must have learned the words separately.
 
 COLORS = {
     "red": (225, 50, 50),
@@ -570,7 +625,7 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y is down
 BACKGROUND = (28, 28, 36)
 INNER = math.sqrt(math.pi / (3 * math.sqrt(3)))  # inscribed radius of a triangle of area pi
-TRIPLES = [(c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS]
+LABELS = [(c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS]
 # No two share a pair of words, so each pair occurs in training with another third word.
 UNSEEN = [
     ("red", "circle", "left"),
@@ -580,12 +635,12 @@ UNSEEN = [
     ("blue", "triangle", "left"),
     ("yellow", "square", "up"),
 ]
-SEEN = [triple for triple in TRIPLES if triple not in UNSEEN]
+SEEN = [label for label in LABELS if label not in UNSEEN]
 
 
-def caption_of(triple):
-    """The caption of a triple of words, such as "a red circle moving left"."""
-    return "a {} {} moving {}".format(*triple)
+def caption_of(label):
+    """The caption of a label, such as "a red circle moving left"."""
+    return "a {} {} moving {}".format(*label)
 
 
 def coverage(shape, center, radius, size):
@@ -607,14 +662,14 @@ def coverage(shape, center, radius, size):
     return (0.5 - distance).clamp(0, 1)
 
 
-def draw_clip(triple, generator, frames=8, size=64):
-    """Draw a (color, shape, direction) of random size, position and speed: uint8 [T, 3, H, W].
+def draw_clip(label, generator, frames=8, size=64):
+    """Draw a clip of this label, of random size, position and speed: uint8 [T, 3, H, W].
 
     The shape moves by 28 to 38% of the frame and ends near the edge it moves to, so the direction
     word alone already predicts where it is. With uniform positions a model would need direction and
     frame number together, and learn much more slowly.
     """
-    color, shape, direction = triple
+    color, shape, direction = label
     size_u, speed_u, *start_u = torch.rand(4, generator=generator)
     radius = size * (0.125 + 0.045 * size_u)
     heading = torch.tensor(DIRECTIONS[direction])  # [2]  x, y
@@ -626,35 +681,35 @@ def draw_clip(triple, generator, frames=8, size=64):
     u = torch.stack(start_u)
     u = torch.where(heading == 0, u, torch.where(heading < 0, 0.3 * u, 1 - 0.3 * u))
     center = low + (high - low) * u + travel * torch.linspace(0, 1, frames)[:, None]  # [T, 2]
-    cover = coverage(shape, center, radius, size)[:, None]  # [T, 1, H, W]
+    covered = coverage(shape, center, radius, size)[:, None]  # [T, 1, H, W]
     background = torch.tensor(BACKGROUND).view(3, 1, 1)
     foreground = torch.tensor(COLORS[color]).view(3, 1, 1)
-    return (background + cover * (foreground - background)).round().to(torch.uint8)
+    return (background + covered * (foreground - background)).round().to(torch.uint8)
 
 
-def cover_of(video, color):
-    """How much of each pixel a color covers, [T, H, W] in [0, 1]. video [T, 3, H, W], 0 to 255."""
+def color_coverage(video, color):
+    """Fraction of each pixel that a color covers, [T, H, W]. video [T, 3, H, W], 0 to 255."""
     background = torch.tensor(BACKGROUND).view(3, 1, 1)
     value = torch.tensor(COLORS[color]).view(3, 1, 1) - background
-    cover = ((video.float() - background) * value).sum(1) / value.square().sum()
-    return torch.where(cover > 0.15, cover.clamp(max=1), 0)
+    covered = ((video.float() - background) * value).sum(1) / value.square().sum()
+    return torch.where(covered > 0.15, covered.clamp(max=1), 0)
 
 
-def fit_shapes(cover):
-    """Compare the cover [T, H, W] of each frame with every shape, drawn at its center of mass and
-    with its area. Returns intersection over union [shapes, T], centers [T, 2], areas [T].
+def fit_shapes(covered):
+    """Compare the coverage [T, H, W] of each frame with every shape, drawn at its center of mass
+    and with its area. Returns intersection over union [shapes, T], centers [T, 2], areas [T].
     """
-    size = cover.shape[-1]
-    pixel, area = torch.arange(size) + 0.5, cover.sum((1, 2)).clamp(min=1e-6)
-    center = torch.stack([(cover.sum(1) * pixel).sum(1), (cover.sum(2) * pixel).sum(1)], 1)
+    size = covered.shape[-1]
+    pixel, area = torch.arange(size) + 0.5, covered.sum((1, 2)).clamp(min=1e-6)
+    center = torch.stack([(covered.sum(1) * pixel).sum(1), (covered.sum(2) * pixel).sum(1)], 1)
     center, radius = center / area[:, None], (area / math.pi).sqrt()[:, None, None]
     ideals = torch.stack([coverage(shape, center, radius, size) for shape in SHAPES])
-    iou = torch.minimum(ideals, cover).sum((2, 3)) / torch.maximum(ideals, cover).sum((2, 3))
+    iou = torch.minimum(ideals, covered).sum((2, 3)) / torch.maximum(ideals, covered).sum((2, 3))
     return iou, center, area
 
 
 def detect(video):
-    """The triple that a toy clip shows, or None. video [T, 3, H, W], uint8 or float in [0, 255].
+    """The label of a toy clip, or None. video [T, 3, H, W], uint8 or float in [0, 255].
 
     The color is that of the pixels farthest from the background color, the shape the one with the
     highest overlap, averaged over frames; the direction comes from a line fitted to the centers.
@@ -669,7 +724,7 @@ def detect(video):
     colors = torch.tensor(list(COLORS.values())) - torch.tensor(BACKGROUND)  # [4, 3]
     distance = (colors - offset.transpose(0, 1)[:, strong].mean(1)).norm(dim=1)  # [4]
     color = list(COLORS)[distance.argmin()]
-    iou, center, area = fit_shapes(cover_of(video, color))
+    iou, center, area = fit_shapes(color_coverage(video, color))
     iou, size_change = iou.mean(1), area / area.median()  # [shapes], [T]
     if distance.min() > 80 or iou.max() < 0.6 or size_change.min() < 0.5 or size_change.max() > 2:
         return None  # another color or shape, or one that does not keep its size
@@ -684,38 +739,37 @@ def detect(video):
     return color, SHAPES[iou.argmax()], direction
 
 
-def crispness(video, triple):
-    """How well single frames show a triple. Returns the fraction of frames with its shape, the mean
+def shape_quality(video, label):
+    """How well single frames show a label. Returns the fraction of frames with its shape, the mean
     intersection over union with it, and the flicker: the standard deviation of the color over
     frames, on a scale of 255.
     """
-    cover, shape = cover_of(video, triple[0]), SHAPES.index(triple[1])
-    iou, _, _ = fit_shapes(cover)
-    inside = (cover > 0.75)[:, None]  # [T, 1, H, W]
+    covered, shape = color_coverage(video, label[0]), SHAPES.index(label[1])
+    iou, _, _ = fit_shapes(covered)
+    inside = (covered > 0.75)[:, None]  # [T, 1, H, W]
     color = (video * inside).sum((2, 3)) / inside.sum((2, 3))  # [T, 3], NaN without such pixels
     right = (iou.argmax(0) == shape).float().mean()
     return right.item(), iou[shape].mean().item(), color.std(0).mean().item()
 
 
 class Toy:
-    """Toy clips with the interface of Clips. Split "train" has the 42 seen triples, split
-    "validation" all 48.
-    """
+    """The data set of toy clips. Split "train" has the 42 seen labels, "validation" all 48."""
 
     def __init__(self, split, clips, frames=8, size=64):
-        self.split, triples = split, SEEN if split == "train" else TRIPLES
-        self.triples = [triples[i % len(triples)] for i in range(clips)]
-        self.captions = [caption_of(triple) for triple in self.triples]
+        self.split, labels = split, SEEN if split == "train" else LABELS
+        self.labels = [labels[i % len(labels)] for i in range(clips)]
+        self.captions = [caption_of(label) for label in self.labels]
+        self.files = [None] * clips
         # The same settings as those of Clips. After a change of draw_clip delete the toy's caches.
         identity = hashlib.sha256(repr((split, self.captions, COLORS)).encode()).hexdigest()[:12]
         self.settings = dict(clips=identity, frames=frames, stride=1, size=size, width=size, seed=0)
 
     def __len__(self):
-        return len(self.triples)
+        return len(self.labels)
 
     def __getitem__(self, row):
         generator, s = keyed_generator(0, "toy", self.split, row), self.settings
-        return draw_clip(self.triples[row], generator, s["frames"], s["size"])
+        return draw_clip(self.labels[row], generator, s["frames"], s["size"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -739,7 +793,7 @@ class CacheConfig:
 
 def main():
     start = time.time()
-    c = tyro.cli(CacheConfig, description=__doc__.split("\n\nShapes")[0])
+    c = tyro.cli(CacheConfig, description=__doc__.split("\n\nClips and Toy")[0])
     d, width = init_distributed(c.device), c.width or c.size
     clips = Clips(c.source, c.frames, c.stride, c.size, width, c.seed)
     vae = VAE(c.vae, d.device)
@@ -747,6 +801,118 @@ def main():
     t5 = T5(c.t5, c.caption_length, d.device)
     write_cache(clips, c.out, vae, t5, d)
     print0(f"{time.time() - start:.0f} s")
+
+
+# ---------------------------------------------------------------------------------------------
+# Helpers of all scripts: errors, random numbers, files, processes
+#
+# torchrun starts one process per GPU and tells each its rank. Without torchrun there is no process
+# group, and the collectives below do nothing.
+
+
+class UserError(Exception):
+    """An error the user can correct: what was found, what was expected and what to do."""
+
+
+def require(ok, message):
+    if not ok:
+        raise UserError(message)
+
+
+def run_command(main):
+    """Run a script's main(); a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or dist.is_initialized():  # before that all ranks fail alike: one prints
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if dist.is_initialized():  # skipped after an error, because it could hang
+        dist.destroy_process_group()
+
+
+def keyed_generator(*key):
+    """A torch.Generator seeded by a key: the seed, the purpose of the draw, and what identifies it
+    (index of the sample, row of a clip, epoch, prompt).
+
+    So a draw does not depend on the rank or on the place in a batch, a resumed run repeats it, and
+    checkpoints need no generator state.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # positive
+
+
+def atomic_write(path, write):
+    """Call write(temporary path), then rename, so that `path` is never half-written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{os.environ.get('RANK', 0)}.{path.name}")
+    write(tmp)
+    os.replace(tmp, path)
+
+
+def write_json(path, content):
+    atomic_write(path, lambda tmp: tmp.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def progress(items, label):
+    """Iterate with a progress bar on rank 0; without a terminal, a line every 15 seconds."""
+    options = dict(desc=label, leave=False, disable=os.environ.get("RANK", "0") != "0")
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
+        options |= dict(mininterval=15, delay=15, bar_format=line)
+    return tqdm(items, **options)
+
+
+def print0(text):
+    """Print on rank 0, above a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+class Distributed(NamedTuple):
+    """The device of this process, its rank, and the number of processes."""
+
+    device: str = "cpu"
+    rank: int = 0
+    world_size: int = 1
+
+
+patient_group = None  # all processes, with a timeout for long work of some of them
+
+
+def init_distributed(device="auto"):
+    """Join the process group of torchrun, if any, and choose the device: CUDA, MPS or CPU."""
+    global patient_group
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and world_size == 1  # MPS is a single device
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if world_size == 1:
+        return Distributed(device)
+    backend, device_id = "gloo", None
+    if device == "cuda":
+        device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
+        device_id = torch.device(device)
+        torch.cuda.set_device(device_id)
+    dist.init_process_group(backend, device_id=device_id)
+    patient_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    return Distributed(device, dist.get_rank(), world_size)
+
+
+def all_reduce_sum(tensor):
+    """Sum a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier():
+    """Wait until all processes are here, for hours if one of them encodes, samples or saves."""
+    if patient_group is not None:
+        dist.all_reduce(torch.zeros(1), group=patient_group)
 
 
 if __name__ == "__main__":
