@@ -87,9 +87,7 @@ def read_text(path):
     """The text of a UTF-8 file, with or without a byte order mark."""
     content = path.read_bytes()
     try:
-        require(
-            b"\0" not in content, f"{path}: zero bytes, so not UTF-8; convert it, e.g. by iconv"
-        )
+        require(b"\0" not in content, f"{path}: not UTF-8 but UTF-16; convert it, e.g. by iconv")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
@@ -142,7 +140,7 @@ ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9"}  # codecs; not if interlaced, whi
 ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")  # with several frames for FFmpeg, else for Pillow
 IMAGES = (*ANIMATED, "JPEG", "BMP", "TIFF")
 HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics
-TO_SDR = "zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709,format=yuv420p"
+TO_SDR = "ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=t=709:p=709:m=709 OUT"
 # What PyAV and Pillow raise for damaged files
 DAMAGE = (av.FFmpegError, OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error)
 
@@ -179,14 +177,10 @@ def read_chosen(path, choose, transform=lambda frame: frame):
             return torch.stack([transform(image) for _ in choose(1)])
         count, times = list_packets(path)
         numbers = choose(count)
-        found, end = decode(path, numbers, transform, times)
-        if times and len(found) < len({*numbers}):  # packets are not frames
-            found, end = decode(path, numbers, transform)
-        if not end:
-            raise UnreadableClip("FFmpeg can decode no frame of it")
-        if len(found) < len({*numbers}):  # fewer frames than packets
-            numbers = choose(end)
-            found, end = decode(path, numbers, transform)
+        found, count = decode(path, numbers, transform, times)
+        if len(found) < len({*numbers}):
+            numbers = choose(count)
+            found, count = decode(path, numbers, transform)
         return torch.stack([found[number] for number in numbers])
     except (*DAMAGE, Image.DecompressionBombError) as error:
         if isinstance(error, (OSError, MemoryError)) and error.errno:
@@ -224,40 +218,39 @@ def open_video(path):
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise UnreadableClip("no video stream that FFmpeg can decode")
+        if stream.disposition & av.stream.Disposition.dependent:  # HEIC, AVIF
+            raise UnreadableClip("an image made of tiles; convert it, e.g. to PNG")
         stream.codec_context.thread_count = 1  # clips are read in parallel instead
         yield container, stream
 
 
 def list_packets(path):
-    """The number of packets of a clip and, if each should be a frame, their presentation times in
-    order, else an empty list. Decodes nothing.
+    """The number of packets of a clip and, where each should be a frame, their presentation times
+    in order, else an empty list. Nothing is decoded.
     """
     with open_video(path) as (container, stream):
         packets = container.demux(stream)
         packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
-        codec = stream.codec.canonical_name
-        frames = container.format.name in TIMED and codec in ONE_FRAME_PER_PACKET
-    times = {time for time, _ in packets}
-    if frames and len(times) == len(packets) > 0 and None not in times:
-        if packets[0] == (min(times), True):  # no packet before the first keyframe
-            return len(packets), sorted(times)
-    return len(packets), []
+        timed = container.format.name in TIMED
+        timed = timed and stream.codec.canonical_name in ONE_FRAME_PER_PACKET
+    times = sorted({time for time, _ in packets} - {None})
+    timed = timed and len(times) == len(packets) > 0 and packets[0] == (times[0], True)
+    return len(packets), times if timed else []
 
 
 def decode(path, numbers, transform, times=()):
-    """Decode the frames with these numbers. Returns {number: transform(frame)}, with frames missing
-    if the clip ends early or if its frames do not have the given times, and the number of frames
-    counted.
+    """Decode the frames with these numbers. Returns {number: transform(frame)}, without the frames
+    after the end of the clip, and the number of frames counted. times: of all frames, if known.
     """
     first, last = min(numbers), max(numbers)
-    found, damaged = {}, False
+    found, damaged, before = {}, False, {*times[:first]}
     with open_video(path) as (container, stream):
         count = first if times else 0
         if times:
             container.seek(times[first], stream=stream)
         for frame in decoded_frames(container, stream, times[first : last + 1]):
             damaged = frame.is_corrupt or damaged and not frame.key_frame
-            if times and frame.pts < times[first]:
+            if frame.pts in before:
                 continue
             if times and (damaged or count <= last and frame.pts != times[count]):
                 break
@@ -269,49 +262,49 @@ def decode(path, numbers, transform, times=()):
             # A frame can depend on later ones, at most this many, which may be damaged.
             if count > last + stream.codec_context.reorder_depth:
                 break
+    if times and len(found) < len({*numbers}):
+        return decode(path, numbers, transform)
+    if not count:
+        raise UnreadableClip("FFmpeg can decode no frame of it")
     return found, count
 
 
 def decoded_frames(container, stream, times):
-    """The frames of a stream, deinterlaced. If times are given, of the frames with other times only
-    those that other frames depend on.
+    """The frames of a stream, deinterlaced. If times are given, frames at other times may be left
+    out, and all ends where decoding from a keyframe is not enough.
     """
     codec, graph, begun = stream.codec_context, None, False
     packets = (packet for packet in container.demux(stream) if packet.size)
     for packet in chain(packets, [None]):  # None: the frames that the decoder still holds
         needed = not times or packet is None or times[0] <= packet.pts <= times[-1]
-        codec.skip_frame = "DEFAULT" if needed else "NONREF"
+        codec.skip_frame = "DEFAULT" if needed else "NONREF"  # left out if no frame refers to it
         try:
             frames = codec.decode(packet)
         except av.InvalidDataError:
-            if times:
-                return
-            if begun:
+            if begun or times:
                 raise
-            continue  # the clip was cut after a keyframe
+            continue  # the beginning was cut off
         begun = begun or bool(frames)
         if graph is None and any(frame.interlaced_frame for frame in frames):
             if times:
-                return  # bwdif needs the frame before
+                return  # the filter needs the frame before
             graph = av.filter.Graph()
             bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced:threads=1")
             source, sink = graph.add_buffer(template=stream), graph.add("buffersink")
             graph.link_nodes(source, bwdif, sink).configure()
         if graph is None:
             yield from frames
-        else:  # each frame is returned when the next one is there
-            for frame in frames if packet else [*frames, None]:
-                graph.vpush(frame)
-                with suppress(av.BlockingIOError, av.EOFError):
-                    yield graph.vpull()
+            continue
+        for frame in frames if packet else [*frames, None]:
+            graph.vpush(frame)
+            with suppress(av.BlockingIOError, av.EOFError):  # a frame comes when the next is there
+                yield graph.vpull()
 
 
 def to_rgb(frame, stream):
     """A frame as players show it, uint8 [3, H, W]: with square pixels, upright, on white."""
     if frame.color_trc in HDR:
-        raise UnreadableClip(
-            f"HDR ({HDR[frame.color_trc]}); convert it: ffmpeg -i IN -vf {TO_SDR} OUT"
-        )
+        raise UnreadableClip(f"HDR ({HDR[frame.color_trc]}); convert it to SDR: {TO_SDR}")
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
     alpha = any(component.is_alpha for component in frame.format.components)
     # By default FFmpeg would start a thread per core for every frame.
@@ -526,9 +519,8 @@ def write_cache(clips, out, vae, t5, distributed=None):
     if (out / "settings.json").exists():
         found = json.loads((out / "settings.json").read_text())
         changed = ", ".join(k for k in settings if found.get(k) != settings[k])
-        require(
-            found == settings, f"{out} was made with other {changed}: delete it or change --out"
-        )
+        message = f"{out} was made with other {changed}: delete it or change --out"
+        require(found == settings, message)
     elif d.rank == 0:
         write_json(out / "settings.json", settings)
 
@@ -550,7 +542,7 @@ def write_cache(clips, out, vae, t5, distributed=None):
             y, mask = t5.encode([clips.captions[row]])  # [1, L, E], [1, L]
             tensors = {"latents": latents, "y": y[0, mask[0]]}  # y [tokens, E]
             tensors = {k: v.half().cpu().contiguous() for k, v in tensors.items()}
-            metadata = {"file": json.dumps(stamps[row])} if stamps[row] else None
+            metadata = {"stamp": stamps[row]} if stamps[row] else None
             atomic_write(files[row], partial(save_file, tensors, metadata=metadata))
     barrier()
     if d.rank == 0:
@@ -558,43 +550,43 @@ def write_cache(clips, out, vae, t5, distributed=None):
         print0(f"{out}: {len(made)} of {len(clips)} clips")
         require(made, "no clip is readable, see the warnings")
         index = {"settings": settings, "encoders": [vae.source, t5.source]}
-        index |= {"clips": [(row, clips.captions[row], stamps[row]) for row in made]}
+        index["clips"] = [(row, clips.captions[row]) for row in made]
+        index["stamps"] = {os.path.abspath(clips.files[r]): stamps[r] for r in made if stamps[r]}
         write_json(out / "index.json", index)
     barrier()
     return LatentCache(out)
 
 
 def file_stamp(path):
-    """[path, bytes, time of modification] of a clip's file, None if there is none."""
+    """Size and time of modification of a clip's file, None if it has none."""
     if path is None or not os.path.isfile(path):
         return None
     status = os.stat(path)
-    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
 
 
 def is_encoded(file, stamp):
-    """Whether a file of a cache was made from the clip's present file, wherever that is now."""
+    """Whether a file of a cache was made from a clip's file as it is now."""
     if not file.exists():
         return False
     with safe_open(file, "pt") as tensors:
-        found = json.loads((tensors.metadata() or {}).get("file", "null"))
-    return (found and found[1:]) == (stamp and stamp[1:])
+        return (tensors.metadata() or {}).get("stamp") == stamp
 
 
 class LatentCache:
     """The clips of a cache, a map-style data set. cache[i] is (latents [C, T, H/8, W/8], y [L, E],
-    mask [L]). UserError if files of clips were replaced since.
+    mask [L]). UserError if the file of a clip was replaced since then.
     """
 
     def __init__(self, folder):
         index = json.loads((Path(folder) / "index.json").read_text())
         self.settings, self.encoders = index["settings"], index["encoders"]
-        self.files = [Path(folder) / f"{row:06d}.safetensors" for row, *_ in index["clips"]]
-        self.captions = [caption for _, caption, *_ in index["clips"]]
-        stamps = [stamp[0] for _, _, *stamp in index["clips"] if stamp and stamp[0]]
-        changed = [stamp[0] for stamp in stamps if file_stamp(stamp[0]) not in (stamp, None)]
-        found = f"{len(changed)} clips have changed since {folder} was made, such as"
-        require(not changed, f"{found} {changed[:1]}: run data.py again")
+        self.files = [Path(folder) / f"{row:06d}.safetensors" for row, _ in index["clips"]]
+        self.captions = [caption for _, caption in index["clips"]]
+        stamps = index.get("stamps", {}).items()
+        changed = [path for path, stamp in stamps if file_stamp(path) not in (stamp, None)]
+        found = f"{len(changed)} clips have changed since {folder} was made, such as {changed[:1]}"
+        require(not changed, f"{found}: run data.py again")
 
     def __len__(self):
         return len(self.files)

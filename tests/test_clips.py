@@ -1,16 +1,18 @@
-"""Files of clips against a full decode, broken ones, their caches, their captions by LLaVA."""
+"""Files of clips against a plain decode, broken ones, their caches, their captions by LLaVA."""
 
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_close
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 
@@ -18,42 +20,70 @@ sys.path.insert(0, str(ROOT / "tools"))
 import caption  # noqa: E402
 
 
-def encode(path, frames, codec="libx264", pix_fmt="yuv420p", sound=False, pts=None, **options):
-    """Write uint8 [T, 3, H, W] as a video of any kind. pts: times of frames, in units of 1/24 s."""
+def encode(path, frames, codec="libx264", pix_fmt="yuv420p", pts=None, color=(), **options):
+    """Write uint8 [T, 3 or 4, H, W] as a video of any kind. pts: times of frames, in 1/24 s. color:
+    numbers of matrix and transfer. sar: ratio of a pixel's width to its height.
+    """
     with av.open(str(path), "w") as file:
+        sar = options.pop("sar", 1)
         options = {key: str(value) for key, value in options.items()}
         stream = file.add_stream(codec, rate=24, options=options)
         stream.height, stream.width = frames.shape[-2:]
         stream.pix_fmt, stream.thread_count = pix_fmt, 1
-        track = file.add_stream("aac", rate=16000) if sound else None
-        for i, image in enumerate(frames.permute(0, 2, 3, 1)):
-            frame = av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24")
+        context = stream.codec_context
+        context.sample_aspect_ratio = Fraction(sar)
+        if color:
+            context.colorspace, context.color_trc = color
+        for i, image in enumerate(frames.permute(0, 2, 3, 1).contiguous().numpy()):
+            kind = "rgba" if image.shape[-1] == 4 else "rgb24"
+            frame = av.VideoFrame.from_ndarray(image, format=kind)
+            frame = frame.reformat(format=pix_fmt, dst_colorspace=1 if color else None)
             frame.pts = pts[i] if pts else i
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-        if sound:
-            silence = np.zeros((1, 16000), dtype=np.float32)
-            frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 16000, 0
-            file.mux(track.encode(frame)), file.mux(track.encode())
     return path
 
 
+def copy_packets(source, target, first=0, shift=0, change=lambda packets: packets):
+    """Write the packets of a video into another file: from `first` on, `shift` frames earlier."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = [p for p in old.demux(video=0) if p.size][first:]
+        for packet, content in zip(packets, change([bytes(p) for p in packets])):
+            copy = av.Packet(content)
+            copy.stream, copy.time_base = stream, packet.time_base
+            copy.is_keyframe = packet.is_keyframe
+            copy.dts = packet.dts - int(shift / 24 / packet.time_base)
+            copy.pts = None if packet.pts is None else packet.pts - packet.dts + copy.dts
+            new.mux(copy)
+    return target
+
+
 def drawing(n=40, H=64, W=96):
-    """A video of flat colors with moving parts: uint8 [n, 3, H, W]. The left 8 columns of the upper
-    40 rows do not change.
+    """A video of flat colors: uint8 [n, 3, H, W]. The width of a bright bar tells the number of the
+    frame; the left 8 columns of the upper 40 rows do not change.
     """
     video = torch.tensor([40, 160, 80], dtype=torch.uint8).view(1, 3, 1, 1).repeat(n, 1, H, W)
     video[:, :, :40, :8] = torch.tensor([220, 60, 40], dtype=torch.uint8).view(3, 1, 1)
     for i in range(n):
-        video[i, :, 44:60, 10 : 12 + i * (W - 14) // n] = 6 * i % 256
+        video[i, :, 44:60, 2 : 8 + i * (W - 14) // n] = 255
     return video
+
+
+def bars(video):
+    """Widths of the bars in a drawing, in pixels."""
+    return (video[:, 2, 52] > 170).sum(1).tolist()  # blue
 
 
 def decode_all(path):
     """All frames of a file in the order of PyAV: uint8 [T, 3, H, W]."""
+    frames = []
     with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        for packet in container.demux(container.streams.best("video")):
+            try:
+                frames += [frame.to_ndarray(format="rgb24") for frame in packet.decode()]
+            except av.InvalidDataError:  # VP9, after a cut
+                assert not frames
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
@@ -61,6 +91,11 @@ def decode_all(path):
 QUIET = {"x265-params": "log-level=none"}
 KINDS = {  # file: (options of encode, mean error of the flat parts after compression)
     "h264.mp4": ({"bf": 2}, 3),
+    "open.mkv": ({"x264-params": "open-gop=1:bframes=3:keyint=12"}, 3),
+    "refresh.mp4": ({"x264-params": "intra-refresh=1:keyint=12:bframes=0"}, 3),
+    "h264.avi": ({"bf": 3}, 3),  # AVI has no presentation times
+    "h264.ts": ({"bf": 3}, 3),
+    "raw.h264": ({"bf": 3}, 3),  # no times at all
     "prores.mov": ({"codec": "prores_ks", "pix_fmt": "yuv422p10le"}, 3),
     "ten_bit.mp4": ({"codec": "libx265", "pix_fmt": "yuv420p10le", **QUIET}, 3),
     "av1.mp4": ({"codec": "libsvtav1", "preset": 12}, 6),
@@ -68,77 +103,187 @@ KINDS = {  # file: (options of encode, mean error of the flat parts after compre
     "b_frames.avi": ({"codec": "mpeg4", "bf": 2}, 6),
     "variable.mp4": ({"pts": [3 * i + i % 3 for i in range(40)]}, 3),
     "animated.gif": ({"codec": "gif", "pix_fmt": "rgb8"}, 25),  # 8 bits per pixel
-    "sound.mp4": ({"sound": True}, 3),
     "odd.mp4": ({"pix_fmt": "yuv444p"}, 3),  # 63 x 97 pixels
 }
 
 
+def pack(packets):
+    """Packed B-frames, as XviD writes them to AVI: each follows another frame in one packet, and a
+    packet that shows nothing stands in its place.
+    """
+    kinds = [p[p.index(b"\0\0\1\xb6") + 4] >> 6 for p in packets] + [0]  # 0: I, 1: P, 2: B
+    packed = [b"\0\0\1\xb2DivX503b1393p" + packets[0]]  # the mark by which decoders know it
+    for i in range(1, len(packets)):
+        both = packets[i] + packets[i + 1] if kinds[i + 1] == 2 else packets[i]
+        packed.append(b"\0\0\1\xb6\x50\x4f" if kinds[i] == 2 else both)
+    return packed
+
+
+def hide(packets):
+    """VP8's flag for frames that are only referred to, in every sixth packet."""
+    return [bytes([p[0] & (0xEF if i % 6 == 3 else 0xFF)]) + p[1:] for i, p in enumerate(packets)]
+
+
+def check_crops(path):
+    """Every crop is one of a plain decode, wherever decoding begins. Returns all frames."""
+    whole = decode_all(path)
+    count, times = data.list_packets(path)
+    assert torch.equal(data.read_frames(path, len(whole)), whole)
+    for start in range(len(whole) - 9):
+        numbers = range(start, start + 10, 3)
+        found, _ = data.decode(path, numbers, lambda frame: frame, times)
+        assert torch.equal(torch.stack([found[i] for i in numbers]), whole[numbers]), start
+    for seed in range(8):
+        crop = data.read_frames(path, 4, 3, torch.Generator().manual_seed(seed))
+        assert any(torch.equal(crop, whole[i : i + 10 : 3]) for i in range(len(whole) - 9)), seed
+    return whole
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_frames_of_any_kind_of_file_are_those_of_a_full_decode(name, tmp_path, monkeypatch):
+def test_crops_of_any_kind_of_file_are_those_of_a_plain_decode(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SVT_LOG", "0")
     options, bound = KINDS[name]
     video = drawing(40, 63, 97) if name == "odd.mp4" else drawing()
     path = encode(tmp_path / name, video, **{"g": 12} | options)
-    whole = decode_all(path)
-    assert whole.shape == video.shape
-    for frames, stride, start in ((1, 1, 20), (8, 3, 9), (16, 2, 5), (40, 1, 0)):  # in the middle
+    whole = check_crops(path)
+    assert whole.shape == video.shape and bars(whole) == sorted(bars(whole))
+    for frames, stride, start in ((1, 1, 20), (8, 3, 9), (16, 2, 5)):  # in the middle
         expected = whole[start : start + (frames - 1) * stride + 1 : stride]
         assert torch.equal(data.read_frames(path, frames, stride), expected), (frames, stride)
-    for i, t in enumerate(data.frame_times(path)):  # each alone, from its keyframe
-        assert torch.equal(data.decode(path, [t])[0], whole[i]), i
     error = (whole.float() - video.float()).abs()
     assert error[:, :, 4:36, 1:6].mean() < bound and error[:, :, 4:36, 16:].mean() < bound
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_rotation_in_the_track_header_is_applied(degrees, tmp_path):
-    path = encode(tmp_path / "phone.mp4", drawing(6))
+EDITED = {  # file: (options of encode, options of copy_packets, numbers of the frames shown)
+    "cut.mkv": ({}, {"first": 5}, range(12, 40)),
+    "cut.webm": ({"codec": "libvpx-vp9", "deadline": "realtime"}, {"first": 5}, range(12, 40)),
+    "edit.mp4": ({"bf": 2}, {"shift": 7}, range(7, 40)),  # an edit list hides what is before 0
+    "hidden.webm": ({"codec": "libvpx"}, {"change": hide}, [i for i in range(40) if i % 6 != 3]),
+    "packed.avi": ({"codec": "mpeg4", "bf": 1}, {"change": pack}, range(40)),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_packets_that_are_not_frames_do_not_change_the_order_of_frames(name, tmp_path):
+    options, edit, shown = EDITED[name]
+    encoded = encode(tmp_path / f"0{name}", drawing(), **{"g": 12, "sc_threshold": 0} | options)
+    path = copy_packets(encoded, tmp_path / name, **edit)
+    found, expected = bars(check_crops(path)), bars(drawing()[list(shown)])
+    assert len(found) == len(expected) == len(shown)
+    assert max(abs(a - b) for a, b in zip(found, expected)) <= 1  # less than one frame
+
+
+def test_a_long_clip_is_decoded_from_the_keyframe_before_the_crop(tmp_path, monkeypatch):
+    """16 frames at stride 3 of 600, with a keyframe every 100: at most 150 are decoded."""
+    path, decoded = tmp_path / "long.mp4", []
+    encode(path, drawing().repeat(15, 1, 1, 1), g=100, keyint_min=100, sc_threshold=0, bf=0)
+
+    def counted(*args, frames_of=data.decoded_frames):
+        for frame in frames_of(*args):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(data, "decoded_frames", counted)
+    assert torch.equal(data.read_frames(path, 16, 3), decode_all(path)[277:323:3])
+    assert 46 <= len(decoded) <= 150
+
+
+# ----------------------------------------------------------------------------- what a player shows
+TURNS = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]  # clockwise: a, b, c, d
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+def test_the_matrix_in_the_track_header_is_applied(turns, mirrored, tmp_path):
+    path = encode(tmp_path / "phone.mp4", drawing(4))
     whole, content = decode_all(path), path.read_bytes()
     i = content.index(b"tkhd") + 4 + 40  # the matrix: nine fixed-point numbers
-    turns = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
-    a, b, c, d = (v << 16 for v in turns[degrees])
-    matrix = b"".join(v.to_bytes(4, signed=True) for v in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
-    path.write_bytes(content[:i] + matrix + content[i + 36 :])
-    assert torch.equal(data.read_frames(path, 6), whole.rot90(-degrees // 90, (2, 3)))  # clockwise
+    a, b, c, d = (v << 16 for v in TURNS[turns])
+    if mirrored:  # before it is rotated
+        whole, a, b = whole.flip(-1), -a, -b
+    matrix = (a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    content = content[:i] + b"".join(v.to_bytes(4, signed=True) for v in matrix) + content[i + 36 :]
+    path.write_bytes(content)
+    assert torch.equal(data.read_frames(path, 4), whole.rot90(-turns, (2, 3)))
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-def test_an_image_is_a_video_of_one_frame_rotated_by_its_exif_tag(name, tmp_path):
-    image, exif = drawing(1)[0], Image.Exif()
-    exif[0x112] = 6 if name == "a.jpg" else 1  # orientation 6: rotate by 90 degrees, clockwise
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name, exif=exif)
-    found = data.read_frames(tmp_path / name, 1)
-    expected = image.rot90(-1, (1, 2)) if name == "a.jpg" else image
-    assert found.shape == (1, *expected.shape)
-    assert (found[0].float() - expected.float()).abs().mean() < 8  # compression
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_a_video_of_one_frame_in_the_orientation_of_its_exif_tag(orientation, tmp_path):
+    image, exif = Image.fromarray(drawing(1)[0].permute(1, 2, 0).numpy()), Image.Exif()
+    exif[0x112] = orientation
+    for name in ("a.png", "a.jpg", "a.webp", "a.avif"):
+        image.save(tmp_path / name, exif=exif)
+        expected = np.array(ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB"))
+        found = data.read_frames(tmp_path / name, 1)[0]
+        assert torch.equal(found, torch.from_numpy(expected).permute(2, 0, 1)), name
+        assert found.shape == ((3, 64, 96) if orientation < 5 else (3, 96, 64))
 
 
-def test_a_long_clip_is_decoded_from_the_keyframe_before_the_crop(tmp_path):
-    """16 frames at stride 3 of 3000, with a keyframe every 250: at most 300 are decoded."""
-    video, decoded = drawing(60).repeat(50, 1, 1, 1), []
-    path = encode(tmp_path / "long.mp4", video, g=250, keyint_min=250, sc_threshold=0, bf=0)
+@pytest.mark.parametrize("name, sar", [("a.mp4", "64/45"), ("a.ts", "16/15"), ("a.avi", "4/3")])
+def test_circles_are_round_where_pixels_are_not_square(name, sar, tmp_path):
+    y, x = torch.meshgrid(torch.arange(256) - 127.5, torch.arange(320) - 159.5, indexing="ij")
+    circle = ((y / 100) ** 2 + (x / 100 * float(Fraction(sar))) ** 2 < 1).to(torch.uint8) * 255
+    video = circle.expand(2, 3, -1, -1)
+    path = encode(tmp_path / name, video, "mpeg4" if name == "a.avi" else "libx264", sar=sar)
+    shape = data.read_frames(path, 1, transform=lambda f: data.center_crop_and_resize(f, 128, 128))
+    bright = shape[0, 1] > 127
+    assert bright.any(0).sum() / bright.any(1).sum() == pytest.approx(1, abs=0.02)
 
-    class Times(list):
-        def __contains__(self, time):  # asked for every decoded frame
-            decoded.append(time)
-            return super().__contains__(time)
 
-    times = Times(data.frame_times(path)[1477:1523:3])
-    assert torch.equal(data.decode(path, times), decode_all(path)[1477:1523:3])
-    assert 46 <= len(decoded) <= 300
+def test_transparent_pixels_are_white_and_16_bits_become_8(tmp_path):
+    pixels = np.zeros((64, 96, 4), np.uint8)
+    pixels[...], pixels[16:48, 16:48] = (255, 0, 255, 0), (200, 40, 40, 255)
+    image, path = Image.fromarray(pixels), tmp_path / "a.png"
+    image.save(path), image.quantize(8).save(tmp_path / "b.png")
+    encode(tmp_path / "c.mov", torch.from_numpy(pixels).permute(2, 0, 1)[None], "qtrle", "argb")
+    for name in ("a.png", "b.png", "c.mov"):  # true color, palette, video
+        found = data.read_frames(tmp_path / name, 1)[0]
+        assert found[:, 0, 0].tolist() == [255] * 3 and found[:, 32, 32].tolist() == [200, 40, 40]
+    Image.fromarray(np.arange(0, 60000, 1000, dtype=np.uint16).reshape(6, 10)).save(path)
+    assert data.read_frames(path, 1)[0, 1].flatten().tolist() == [i * 1000 >> 8 for i in range(60)]
+    image.convert("RGB").convert("CMYK").save(tmp_path / "d.jpg", quality=95)
+    assert data.read_frames(tmp_path / "d.jpg", 1)[0, :, 32, 32].tolist() == [200, 40, 40]
+
+
+def test_colors_are_those_of_the_tagged_matrix(tmp_path):
+    green = torch.tensor([30, 200, 30], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 64, 96)
+    for name, color in (("709.mp4", (1, 1)), ("untagged.mp4", ())):
+        found = data.read_frames(encode(tmp_path / name, green, color=color), 1)[0, :, 32, 48]
+        assert (
+            found.int() - green[0, :, 0, 0]
+        ).abs().max() <= 3  # 8 bits of YUV; untagged is BT.601
+
+
+def test_interlaced_frames_are_deinterlaced(tmp_path):
+    """A bar that moves by 2 pixels a frame, its lines recorded in turns, half a frame apart."""
+    fields = torch.full((40, 3, 64, 96), 40, dtype=torch.uint8)
+    for i in range(40):
+        fields[i, :, :, 4 + i : 24 + i] = 200
+    frames = fields[::2].clone()
+    frames[:, :, 1::2] = fields[1::2, :, 1::2]
+    path = encode(tmp_path / "a.ts", frames, **{"x264-params": "tff=1:keyint=8"})
+    assert not torch.equal(decode_all(path)[:, :, ::2], decode_all(path)[:, :, 1::2])
+    whole = data.read_frames(path, 20)
+    between = (whole[:, :, 1:-1].float() - (whole[:, :, :-2].float() + whole[:, :, 2:]) / 2).abs()
+    assert between.mean() < 0.5  # no comb; 3.5 in the frames as coded
+    assert torch.equal(data.read_frames(path, 4, 3), whole[5:15:3])
+
+
+def test_reading_starts_no_threads_and_a_lack_of_them_is_not_damage(tmp_path, monkeypatch):
+    path, tasks = encode(tmp_path / "a.mp4", drawing()), "/proc/self/task"
+    if os.path.isdir(tasks):
+        data.read_frames(path, 1)
+        before, during = len(os.listdir(tasks)), []
+        count = lambda frame: during.append(len(os.listdir(tasks))) or frame  # noqa: E731
+        data.read_frames(path, 4, 3, transform=count)
+        assert during == [before] * 4
+    error = av.error.BlockingIOError(11, "Resource temporarily unavailable")
+    monkeypatch.setattr(data, "open_video", lambda path: (_ for _ in ()).throw(error))
+    with pytest.raises(BlockingIOError):
+        data.read_frames(path, 4)
 
 
 # ------------------------------------------------------------------------------------ broken files
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """The content of good files, by extension."""
-    folder = tmp_path_factory.mktemp("good")
-    for kind in ("mp4", "mkv", "h264", "avi"):
-        encode(folder / f"good.{kind}", drawing(), "mpeg4" if kind == "avi" else "libx264")
-    Image.new("RGB", (96, 64), "red").save(folder / "good.png")
-    return {path.suffix[1:]: path.read_bytes() for path in folder.iterdir()}
-
-
 def clip_of(path, frames):
     """Clips[0] of a table with one row."""
     table = path.parent / "table.csv"
@@ -146,22 +291,34 @@ def clip_of(path, frames):
     return data.Clips(table, frames, 1, 32, 64, seed=0)[0]
 
 
-def test_broken_clips_are_skipped_with_the_reason_in_one_line(good, tmp_path, capsys):
+def test_broken_clips_are_skipped_with_the_reason_in_one_line(tmp_path, capsys):
+    good = {kind: encode(tmp_path / f"good.{kind}", drawing()) for kind in ("mp4", "mkv")}
+    good["avi"] = encode(tmp_path / "good.avi", drawing(), "mpeg4")
+    for kind, trc in (("pq", 16), ("hlg", 18)):
+        good[kind] = tmp_path / f"{kind}.mp4"
+        encode(good[kind], drawing(8), "libx265", "yuv420p10le", color=(9, trc), **QUIET)
+    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in drawing(8)]
+    good |= {kind: tmp_path / f"good.{kind}" for kind in ("webp", "png")}
+    images[0].save(good["webp"], save_all=True, append_images=images[1:])
+    images[0].save(good["png"])
+    good = {kind: path.read_bytes() for kind, path in good.items()}
     mp4, png = good["mp4"], good["png"]
     broken = {  # name: (content, frames to read, reason); "": depends on the version of FFmpeg
         "empty.mp4": (b"", 8, "Invalid data"),
         "text.mp4": (b"<html> 403 Forbidden\n" * 99, 8, "Invalid data"),
         "subtitle.mp4": (b"1\n00:00:01,000 --> 00:00:02,000\na\n\n" * 9, 8, "no video stream"),
         "codec.avi": (good["avi"].replace(b"FMP4", b"Q?Z9"), 8, "no video stream"),
-        "no_times.h264": (good["h264"], 8, "packets without presentation times"),
         "start.mp4": (mp4[:-1500], 8, ""),
         "start.mkv": (good["mkv"][:-900], 40, "frames; 40 at stride 1 need 40"),
         "middle.mp4": (mp4[:1000] + bytes(500) + mp4[1500:], 40, "Invalid data"),
+        "pq.mp4": (good["pq"], 8, "HDR (PQ); convert it to SDR: ffmpeg -i IN -vf zscale="),
+        "hlg.mp4": (good["hlg"], 8, "HDR (HLG); convert it to SDR: ffmpeg -i IN -vf zscale="),
         "start.png": (png[:-40], 1, ""),
+        "animated.webp": (good["webp"], 1, "FFmpeg can decode no frame"),
         # 65535 x 65535 pixels: FFmpeg refuses to decode more than 2^28
-        "huge.png": (png[:16] + b"\0\0\xff\xff" * 2 + png[24:], 1, "Invalid data"),
-        "missing.mp4": (None, 8, "No such file"),
-        "a caption in place of a path " * 10: (None, 8, "File name too long"),
+        "huge.png": (png[:16] + b"\0\0\xff\xff" * 2 + png[24:], 1, ""),
+        "missing.mp4": (None, 8, "no such file"),
+        "a caption in place of a path " * 10: (None, 8, "no such file"),
     }
     for name, (content, frames, reason) in broken.items():
         if content is not None:
@@ -170,6 +327,29 @@ def test_broken_clips_are_skipped_with_the_reason_in_one_line(good, tmp_path, ca
         (message,) = capsys.readouterr().err.splitlines()
         assert message.startswith(f"warning: skipped {tmp_path / name}: "), name
         assert reason in message, message
+
+
+def test_a_crop_needs_undamaged_frames_since_the_keyframe(tmp_path):
+    """Bytes of frames 10 and 20 are overwritten, in the first of two groups of 24 frames."""
+    blocks = torch.randint(0, 256, (3, 8, 12), generator=torch.Generator().manual_seed(0)).byte()
+    noise = blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    video = torch.stack([noise.roll(2 * i, 2) for i in range(48)])
+    path = encode(tmp_path / "a.mp4", video, g=24, keyint_min=24, sc_threshold=0, bf=0)
+    with av.open(str(path)) as file:
+        packets = [(p.pos, p.size) for p in file.demux(video=0) if p.size]
+    content = bytearray(path.read_bytes())
+    for start, size in (packets[10], packets[20]):
+        for j in range(start + size // 3, start + size // 3 + min(24, size // 2)):
+            content[j] = (content[j] * 7 + 91) % 256
+    path.write_bytes(content)
+    _, times = data.list_packets(path)
+    for first, readable in ((0, True), (7, True), (8, False), (21, False), (24, True), (31, True)):
+        for reads in (times, []):  # from the keyframe, from the beginning
+            try:
+                found = data.decode(path, range(first, first + 3), lambda frame: frame, reads)[0]
+                assert len(found) == 3 and readable, first
+            except data.UnreadableClip as error:
+                assert "is damaged" in str(error) and not readable, first
 
 
 # --------------------------------------------------------------------------------- folders, caches
@@ -193,7 +373,7 @@ def test_a_folder_is_a_data_set_without_its_unreadable_clips(folder, encoders, t
     (source / "3.mp4").write_bytes(b""), (source / "8.txt").unlink()
     clips, rows = data.Clips(source, 12, 1, 32, 48, seed=3), [0, 1, 2, 4, 5, 6, 7, 9]
     names = [*(f"{i}.mp4" for i in range(9)), "more/9.mp4"]
-    assert [str(path.relative_to(source)) for path, _ in clips.rows] == names
+    assert [str(path.relative_to(source)) for path in clips.files] == names
     assert clips.captions[2] == "see a wall"
     cache = data.write_cache(clips, tmp_path / "cache", *encoders)
     printed = capsys.readouterr()
@@ -203,7 +383,7 @@ def test_a_folder_is_a_data_set_without_its_unreadable_clips(folder, encoders, t
     assert "8.mp4: no caption: write one, or run tools/caption.py" in printed.err
     assert cache.captions == [clips.captions[row] for row in rows]
     for i, row in enumerate(rows):
-        crop = data.read_frames(clips.rows[row][0], 12, 1, data.keyed_generator(3, "crop", row))
+        crop = data.read_frames(clips.files[row], 12, 1, data.keyed_generator(3, "crop", row))
         frames = data.center_crop_and_resize(crop, 32, 48)
         x0 = encoders[0].encode(frames, data.keyed_generator(3, "posterior", row))
         assert_close(cache[i][0], x0, 4e-3, "fp16 storage of latents up to 8")

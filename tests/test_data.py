@@ -1,32 +1,25 @@
-"""Crops, captions, tables, the latent cache, the toy and its detector, written media."""
+"""Crops, lists of clips, captions, the latent cache, the toy and its detector."""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 import torch
-from conftest import assert_close
-from PIL import Image
+from conftest import ROOT, assert_close
 from safetensors.torch import load_file
+from test_clips import drawing, encode
 
 import data
 
 LIGHT = torch.tensor([1.0, 0.9] * 4).view(8, 1, 1, 1)  # every other frame is darker
 
 
-def noise_video(path, n):
-    """A video whose n frames all differ, also after compression."""
-    blocks = torch.randint(0, 256, (n, 3, 4, 4), generator=torch.Generator().manual_seed(0))
-    frames = blocks.repeat_interleave(16, 2).repeat_interleave(16, 3).to(torch.uint8)
-    data.write_video(path, frames, 24)
-    return frames
-
-
-# ------------------------------------------------------------------------- crops, captions, tables
+# ---------------------------------------------------------------------------- crops, lists of clips
 def test_temporal_crops_start_anywhere_that_leaves_room(tmp_path):
-    path, starts = tmp_path / "a.mp4", set()
-    noise_video(path, 12)
+    path, starts = encode(tmp_path / "a.mp4", drawing(12)), set()
     whole = data.read_frames(path, 12)
     for seed in range(60):
         crop = data.read_frames(path, 4, 3, torch.Generator().manual_seed(seed))
@@ -51,26 +44,86 @@ def test_center_crop_and_resize_keeps_the_center_and_the_aspect_ratio(H, W, heig
     assert out[..., outside < -2].min() > 250 and out[..., outside > 2].max() < 5  # else blurred
 
 
-def test_captions_are_cleaned():
-    text = "Sunset &amp; sea,   <b>in 4K</b>\n https://x.example/a.mp4?b=1"
-    assert data.clean_caption(text) == "sunset & sea, in 4k"
-    assert data.clean_caption("a red circle moving left") == "a red circle moving left"
-
-
-TABLES = {
-    "": "needs the header path,text; it has None",
-    "path,caption\na.mp4,b\n": r"header path,text; it has \['path', 'caption'\]",
-    "path,text\n": "lists no clips",
-    "path,id,text\na.mp4,1,red, blue\n": "line 2: no path, or a text with commas without quotes",
+CAPTIONS = {
+    "Sunset &amp; sea,   <b>in 4K</b>\n https://x.example/a.mp4?b=1": "sunset & sea, in 4k",
+    '<p class="a b">a red<br/>ball</p>': "a red ball",
+    "a dog (see https://example.org/z), running": "a dog (see ), running",
+    "I <3 my dog who runs -> jumps": "i <3 my dog who runs -> jumps",
+    "temperature < 0 outside, but > 20 inside": "temperature < 0 outside, but > 20 inside",
+    "people <age 5 and over 60>": "people <age 5 and over 60>",
 }
 
 
-@pytest.mark.parametrize("content", TABLES)
+@pytest.mark.parametrize("text", CAPTIONS)
+def test_captions_lose_tags_and_addresses_alone(text):
+    assert data.clean_caption(text) == CAPTIONS[text]
+    assert data.clean_caption(CAPTIONS[text]) == CAPTIONS[text]
+
+
+def test_tables_are_read_with_long_quoted_texts_and_spaces_in_the_header(tmp_path):
+    table, text = tmp_path / "clips.csv", "a, b\n" * 50_000
+    table.write_text(f'id, text,path \n1,"{text}",a.mp4\n\n2,"a ""b""",c/d.mp4\n', "utf-8-sig")
+    paths, captions = zip(*data.list_clips(table))
+    assert paths == (tmp_path / "a.mp4", tmp_path / "c/d.mp4")
+    assert captions == (" ".join(text.split()), 'a "b"')
+
+
+BAD_TABLES = {
+    b"": r"line 1: needs path,text; it has \[\]",
+    b"path,caption\na.mp4,b\n": r"line 1: needs path,text; it has \['path', 'caption'\]",
+    b"path,text\n": "lists no clips",
+    b"path,id,text\na.mp4,1,red, blue\n": "line 2: no path, .* commas without quotes",
+    b"path,text\na.mp4\n": "line 2: .* a missing column, ",
+    b'path,text\na.mp4,"a car\nb.mp4,a dog\nc.mp4,a "cat"\n': "the row at line 2: ',' expected",
+    b'path,text\na.mp4,b\nb.mp4,"c\n': "the row at line 3: unexpected end of data",
+    b"path,text\na.mp4,a\nb.mp4,caf\xe9\n": "line 3: not UTF-8",
+}
+
+
+@pytest.mark.parametrize("content", BAD_TABLES)
 def test_bad_tables_get_one_clear_line(tmp_path, content):
     table = tmp_path / "clips.csv"
-    table.write_text(content)
-    with pytest.raises(data.UserError, match=f"{table}.*{TABLES[content]}$"):
+    table.write_bytes(content)
+    with pytest.raises(data.UserError, match=f"{table}.*{BAD_TABLES[content]}"):
         data.list_clips(table)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
+def test_captions_must_be_utf8(tmp_path, encoding):
+    (tmp_path / "a.mp4").touch(), (tmp_path / "b.mp4").touch()
+    (tmp_path / "a.txt").write_text("a caf\u00e9", "utf-8-sig")
+    assert data.list_clips(tmp_path)[0][1] == "a caf\u00e9"
+    (tmp_path / "b.txt").write_bytes("a caf\u00e9".encode(encoding))
+    with pytest.raises(data.UserError, match=f"{tmp_path / 'b.txt'}.*not UTF-8"):
+        data.list_clips(tmp_path)
+
+
+def test_folders_behind_links_are_listed_and_loops_are_not(tmp_path):
+    clips, store = tmp_path / "clips", tmp_path / "store"
+    clips.mkdir(), (store / "deep").mkdir(parents=True)
+    for path in (clips / "a.mp4", store / "deep/b.mp4", tmp_path / "c.mp4", store / ".d.mp4"):
+        path.touch()
+    (clips / "link").symlink_to(store), (clips / "c.mp4").symlink_to(tmp_path / "c.mp4")
+    (store / "deep/loop").symlink_to(clips), (clips / "gone.mp4").symlink_to(tmp_path / "none")
+    names = [str(path.relative_to(clips)) for path, _ in data.list_clips(clips)]
+    assert names == ["a.mp4", "c.mp4", "link/deep/b.mp4"]
+
+
+def test_names_that_can_only_be_local_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own/vae").mkdir(parents=True)
+    assert data.local_folder("own/vae").samefile(tmp_path / "own/vae")
+    assert data.local_folder("assets/vae") == ROOT / "assets/vae"
+    assert data.local_folder("PixArt-alpha/PixArt-XL-2-512x512") is None
+    for source in ("/a/b", "./a", "../a/b", "~/a", "a", "a/b/c", "out/a", "weights/b", "samples/c"):
+        with pytest.raises(data.UserError, match=f"^{source} not found"):
+            data.local_folder(source)
+
+
+def test_the_import_is_light():
+    heavy = "{'torchvision', 'diffusers', 'transformers', 'matplotlib', 'torch._dynamo'}"
+    code = f"import sys, data; assert not {heavy} & {{*sys.modules}}, {heavy} & {{*sys.modules}}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 # ------------------------------------------------------------------------------------------- cache
@@ -117,13 +170,37 @@ def test_a_cache_of_other_settings_is_refused(change, toy, encoders):
         data.write_cache(clips, toy / "train", vae, t5)
 
 
+def test_only_a_replaced_clip_is_encoded_again_and_until_then_the_cache_is_refused(
+    encoders, tmp_path
+):
+    source, out = tmp_path / "clips", tmp_path / "cache"
+    source.mkdir()
+    for name in "abc":
+        encode(source / f"{name}.mp4", drawing(8))
+        (source / f"{name}.txt").write_text(name)
+    clips = data.Clips(source, 4, 1, 32, 32, seed=0)
+    before = [path.stat().st_mtime_ns for path in data.write_cache(clips, out, *encoders).files]
+    encode(source / "b.mp4", drawing(8).flip(0))
+    with pytest.raises(data.UserError, match="1 clips have changed .*b.mp4.*: run data.py again"):
+        data.LatentCache(out)
+    cache = data.write_cache(clips, out, *encoders)
+    after = [path.stat().st_mtime_ns for path in cache.files]
+    assert [a == b for a, b in zip(after, before)] == [True, False, True]
+    expected = encoders[0].encode(clips[1], data.keyed_generator(0, "posterior", 1))
+    assert_close(cache[1][0], expected, 4e-3, "fp16 storage of latents up to 8")
+    (source / "a.mp4").unlink()  # a cache can be used without its clips
+    os.utime(source / "c.mp4", ns=(0, 0))
+    with pytest.raises(data.UserError, match="1 clips have changed .*c.mp4"):
+        data.LatentCache(out)
+
+
 # --------------------------------------------------------------------------------------------- toy
-def test_every_pair_of_words_is_seen_although_six_triples_are_not():
-    seen = set(data.Toy("train", 2000).triples)
-    assert len(data.UNSEEN) == 6 and seen == set(data.TRIPLES) - set(data.UNSEEN)
-    assert set(data.Toy("validation", 96).triples) == set(data.TRIPLES) and len(seen) == 42
+def test_every_pair_of_words_is_seen_although_six_labels_are_not():
+    seen = set(data.Toy("train", 2000).labels)
+    assert len(data.UNSEEN) == 6 and seen == set(data.LABELS) - set(data.UNSEEN)
+    assert set(data.Toy("validation", 96).labels) == set(data.LABELS) and len(seen) == 42
     for i, j in ((0, 1), (0, 2), (1, 2)):
-        assert {(t[i], t[j]) for t in seen} == {(t[i], t[j]) for t in data.TRIPLES}
+        assert {(t[i], t[j]) for t in seen} == {(t[i], t[j]) for t in data.LABELS}
         assert len({(t[i], t[j]) for t in data.UNSEEN}) == 6  # no two share a pair
 
 
@@ -135,19 +212,19 @@ def test_shapes_stay_in_view():
 
 
 def test_the_detector_is_right_after_the_vae_and_at_chance_for_other_captions(toy, encoders):
-    """96 cached clips: at least 95 right, with crisp frames, and the VAE reaches 33 dB."""
+    """96 cached clips: at least 95 right, with clear shapes, and the VAE reaches 33 dB."""
     cache, clips = data.LatentCache(toy / "validation"), data.Toy("validation", 96)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0)).tolist()
-    right, shuffled, error, crispness = 0, 0, [], []
+    right, shuffled, error, quality = 0, 0, [], []
     for i in range(96):
         video = encoders[0].decode(cache[i][0])  # [T, 3, H, W]
         error.append((video - (clips[i].float() / 127.5 - 1)).square().mean())
         found = data.detect((video + 1) * 127.5)
         right += found is not None and data.caption_of(found) == cache.captions[i]
         shuffled += found is not None and data.caption_of(found) == cache.captions[order[i]]
-        crispness.append(data.crispness((video + 1) * 127.5, clips.triples[i]))
+        quality.append(data.shape_quality((video + 1) * 127.5, clips.labels[i]))
     assert right >= 95 and shuffled <= 8  # chance: 2 of 96
-    shape, overlap, flicker = torch.tensor(crispness).mean(0)
+    shape, overlap, flicker = torch.tensor(quality).mean(0)
     assert shape == 1 and overlap > 0.94 and flicker < 1.2  # the ceiling of generated videos
     assert 10 * torch.log10(4 / torch.stack(error).mean()) >= 33  # the range is 2
 
@@ -169,28 +246,12 @@ def test_the_detector_needs_straight_motion():
     assert data.detect(video[[0, 0, 7, 7, 0, 0, 7, 7]]) is None  # jumps
 
 
-def test_crispness_sees_single_frames():
-    triple = ("blue", "square", "up")
-    video = data.draw_clip(triple, data.keyed_generator(0)).float()
+def test_shape_quality_sees_single_frames():
+    label = ("blue", "square", "up")
+    video = data.draw_clip(label, data.keyed_generator(0)).float()
     circle = data.draw_clip(("blue", "circle", "up"), data.keyed_generator(0)).float()
     mixed = torch.cat([video[:6], circle[6:]])
-    assert data.detect(mixed) == triple and data.crispness(mixed, triple)[0] == 0.75
-    assert data.crispness(video, triple)[2] < 1 < 5 < data.crispness(video * LIGHT, triple)[2]
-    right, overlap, _ = data.crispness(video, ("blue", "circle", "up"))
+    assert data.detect(mixed) == label and data.shape_quality(mixed, label)[0] == 0.75
+    assert data.shape_quality(video, label)[2] < 1 < 5 < data.shape_quality(video * LIGHT, label)[2]
+    right, overlap, _ = data.shape_quality(video, ("blue", "circle", "up"))
     assert right == 0 and 0.8 < overlap < 0.95  # a square and a circle of the same area: 0.91
-
-
-# ----------------------------------------------------------------------------------- written media
-def test_gif_and_sheet_show_the_frames(tmp_path):
-    frames = noise_video(tmp_path / "a.mp4", 12)
-    data.write_gif(tmp_path / "a.gif", frames, 8)
-    gif = Image.open(tmp_path / "a.gif")
-    assert (gif.n_frames, gif.size) == (12, (256, 256))
-    assert gif.info["duration"] == 120 and gif.info["loop"] == 0  # 1/8 s in units of 10 ms; forever
-    data.write_sheet(tmp_path / "a.png", [frames, frames.flip(0)], ["a wall", "backwards"])
-    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "a.png")))
-    assert sheet.shape == (2 * (128 + 24) + 4, 8 * (128 + 4) + 4, 3)
-    for row, k, i in ((0, 0, 0), (0, 7, 11), (1, 0, 11), (1, 3, 6)):  # 8 of 12 frames
-        top, left = 24 + row * 152, 4 + k * 132
-        shown = sheet[top : top + 128 : 2, left : left + 128 : 2].permute(2, 0, 1)
-        assert torch.equal(shown, frames[i]), (row, k)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -41,11 +42,8 @@ class CaptionConfig:
 
 def three_frames(path):
     """PIL images of a clip at 20%, 50% and 80% of its length; of an image, three times the same."""
-    from torchvision.transforms.v2.functional import to_pil_image
-
-    times = data.frame_times(path)
-    chosen = [times[int(fraction * (len(times) - 1))] for fraction in (0.2, 0.5, 0.8)]
-    return [to_pil_image(data.decode(path, [t])[0]) for t in chosen]
+    frames = data.read_chosen(path, lambda n: [int(part * (n - 1)) for part in (0.2, 0.5, 0.8)])
+    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
 
 
 def load_llava(source, device):
@@ -81,11 +79,9 @@ def write_csv(path, table):
 
 
 def write_captions(config, device="cpu"):
-    """Caption the clips of a folder or CSV -> the number of captions written."""
+    """Caption the clips of a folder or CSV. Returns the number of captions written."""
     c, source, rows, written = config, Path(config.source), data.list_clips(config.source), 0
-    if source.is_file():
-        with open(source, newline="", encoding="utf-8-sig") as file:
-            table = list(csv.DictReader(file))  # all columns; in the order of rows
+    table = data.read_table(source) if source.is_file() else []  # in the order of rows
     todo = [row for row, (_, text) in enumerate(rows) if c.overwrite or not text]
     if todo:
         model, processor = load_llava(c.llava, device)
@@ -95,8 +91,8 @@ def write_captions(config, device="cpu"):
         for row in batch:
             try:
                 clips[row] = three_frames(rows[row][0])
-            except Exception as error:  # damaged files raise errors of many kinds
-                print(f"warning: skipped {rows[row][0]}: {error!r}", file=sys.stderr, flush=True)
+            except data.UnreadableClip as error:
+                print(f"warning: skipped {rows[row][0]}: {error}", file=sys.stderr, flush=True)
         if not clips:
             continue
         captions = describe(model, processor, c.prompt, list(clips.values()), c.max_tokens)

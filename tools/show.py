@@ -17,6 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+import sample  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def main():
     pairs = list(islice(pairs, c.clips))
     data.require(pairs, f"{c.source}: no clip is readable")
     videos, captions = zip(*pairs)
-    data.write_sheet(Path(c.out) / "show.png", videos, captions)
-    data.write_gif(Path(c.out) / "show.gif", torch.cat(videos, dim=-1), fps=8)
+    sample.write_sheet(Path(c.out) / "show.png", videos, captions)
+    sample.write_gif(Path(c.out) / "show.gif", torch.cat(videos, dim=-1), fps=8)
     print(f"{c.out}/show.png and show.gif: {len(videos)} clips")
 
 
