@@ -7,9 +7,12 @@ the same name, or a CSV with the header "path,text" (paths relative to its folde
 turns frames into latents and the frozen T5 turns captions into embeddings; neither is trained, so a
 cache stores their outputs. The helpers at the end are shared by all scripts.
 
-Clips and Toy are data sets. A data set has a length, the lists captions and files (None for a toy
-clip), the dict settings, which determines all frames, and data_set[row]: the frames of a clip,
-uint8 [T, 3, H, W], or None if it is unreadable.
+Clips and Toy are data sets; another one needs the same interface:
+    len(data_set)         number of clips
+    data_set[row]         the frames of a clip, uint8 [T, 3, H, W], or None if it is unreadable
+    data_set.captions     list of the captions
+    data_set.files        list of the clips' paths, None for a clip without a file
+    data_set.settings     dict of all that determines the frames
 
 Shapes in this file:
     B batch    T frames    C latent channels (4)    L caption tokens    E caption channels
@@ -86,8 +89,8 @@ def list_files(folder):
 def read_text(path):
     """The text of a UTF-8 file, with or without a byte order mark."""
     content = path.read_bytes()
+    require(b"\0" not in content, f"{path}: not UTF-8 but UTF-16; convert it, e.g. by iconv")
     try:
-        require(b"\0" not in content, f"{path}: not UTF-8 but UTF-16; convert it, e.g. by iconv")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
@@ -103,6 +106,7 @@ def read_table(path):
         require({"path", "text"} <= {*header}, f"{path}, line 1: needs path,text; it has {header}")
         reader.fieldnames = header
         for row in reader:
+            # DictReader: a key None holds surplus fields, values None are missing ones.
             complete = row["path"] and None not in row and None not in row.values()
             found = "no path, a missing column, or a text with commas without quotes"
             require(complete, f"{path}, line {reader.line_num}: {found}")
@@ -113,9 +117,11 @@ def read_table(path):
 
 
 def clean_caption(text):
-    """Lower case, without web addresses and HTML. v1 cleans its captions and prompts too."""
-    attribute = r"""\s+[\w:-]+\s*=\s*("[^"]*"|'[^']*'|[^\s<>]+)"""
-    tag = rf"</?[a-z]\w*({attribute})*\s*/?>"  # not "I <3 my dog who runs -> jumps"
+    """One line in lower case, without web addresses, HTML tags and entities. v1 cleans its captions
+    and prompts too.
+    """
+    attribute = r"""\s+[\w:-]+\s*=\s*("[^"]*"|'[^']*'|[^\s<>]+)"""  # such as class="a"
+    tag = rf"</?[a-z]\w*({attribute})*\s*/?>"  # <p>, but not "I <3 my dog who runs -> jumps"
     address = r"(https?://|\bwww\.)(\S*[^\s.,;:!?)\]}\"'<>])?"  # without punctuation after it
     text = re.sub(f"{tag}|{address}", " ", html.unescape(text).lower())
     return " ".join(text.split())
@@ -125,19 +131,20 @@ def clean_caption(text):
 # Reading clips
 #
 # A training sample is a temporal crop: T frames of a clip, `stride` source frames apart, from a
-# random start. An image is a video of one frame. Frames are what the decoder gives, in its order;
-# how many there are is known when it ends. Packets of a file do not tell: in AVI they have no
-# presentation times, one may hold half a frame or a hidden one, and after a cut some cannot be
-# decoded. So the start is drawn over the number of packets, and if the clip ends early, it is drawn
-# again over the number of frames.
+# random start. An image is a video of one frame.
 #
-# Where packets should be frames, decoding begins at the keyframe before the start and leaves out
-# frames that no other frame needs. If the decoder then gives other frames than the listed ones, the
-# clip is decoded from its beginning instead.
+# Frames are what the decoder gives, in its order, and their number is known only when it ends. The
+# file stores packets, whose number is an estimate: a packet can hold half a frame or a hidden one,
+# or be impossible to decode after a cut. In AVI packets have no presentation times. So the start is
+# drawn over the number of packets, and if the clip ends early, again over the number of frames.
+#
+# Where each packet should be a frame, decoding begins at the keyframe before the start, without the
+# frames that nobody needs. If that gives other times than the packets', the clip is decoded from
+# its beginning.
 
 TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}  # containers that store presentation times
-ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9"}  # codecs; not if interlaced, which is noticed
-ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")  # with several frames for FFmpeg, else for Pillow
+ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9"}  # codecs, unless interlaced (decoded_frames)
+ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")  # FFmpeg reads those with several frames, else Pillow
 IMAGES = (*ANIMATED, "JPEG", "BMP", "TIFF")
 HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics
 TO_SDR = "ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=t=709:p=709:m=709 OUT"
@@ -178,12 +185,12 @@ def read_chosen(path, choose, transform=lambda frame: frame):
         count, times = list_packets(path)
         numbers = choose(count)
         found, count = decode(path, numbers, transform, times)
-        if len(found) < len({*numbers}):
+        if len(found) < len({*numbers}):  # the clip ended early: draw again over its frames
             numbers = choose(count)
             found, count = decode(path, numbers, transform)
         return torch.stack([found[number] for number in numbers])
     except (*DAMAGE, Image.DecompressionBombError) as error:
-        if isinstance(error, (OSError, MemoryError)) and error.errno:
+        if isinstance(error, (OSError, MemoryError)) and error.errno:  # PyAV's errors are both
             raise  # of the system, such as a limit on threads or open files: the clip may be good
         raise UnreadableClip(f"{type(error).__name__}: {error}") from None
 
@@ -240,16 +247,18 @@ def list_packets(path):
     with open_video(path) as (container, stream):
         packets = container.demux(stream)
         packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
-        timed = container.format.name in TIMED
-        timed = timed and stream.codec.canonical_name in ONE_FRAME_PER_PACKET
+        known = container.format.name in TIMED
+        known = known and stream.codec.canonical_name in ONE_FRAME_PER_PACKET
     times = sorted({time for time, _ in packets} - {None})
-    timed = timed and len(times) == len(packets) > 0 and packets[0] == (times[0], True)
-    return len(packets), times if timed else []
+    all_differ = len(packets) > 0 and len(times) == len(packets)
+    begins_with_keyframe = all_differ and packets[0] == (times[0], True)
+    return len(packets), times if known and begins_with_keyframe else []
 
 
 def decode(path, numbers, transform, times=()):
     """Decode the frames with these numbers. Returns {number: transform(frame)}, without the frames
-    after the end of the clip, and the number of frames counted. times: of all frames, if known.
+    after the end of the clip, and the number of frames counted. times: the presentation times of
+    all frames, or empty if they are not known.
     """
     first, last = min(numbers), max(numbers)
     found, damaged, before = {}, False, {*times[:first]}
@@ -258,17 +267,17 @@ def decode(path, numbers, transform, times=()):
         if times:
             container.seek(times[first], stream=stream)
         for frame in decoded_frames(container, stream, times[first : last + 1]):
-            damaged = frame.is_corrupt or damaged and not frame.key_frame
+            damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             if frame.pts in before:
                 continue
-            if times and (damaged or count <= last and frame.pts != times[count]):
-                break
+            if times and (damaged or (count <= last and frame.pts != times[count])):
+                break  # not as listed: decode from the beginning, below
             if damaged and count >= first:
                 raise UnreadableClip(f"frame {count} is damaged, or one before it")
             if count in numbers:
                 found[count] = transform(to_rgb(frame, stream))
             count += 1
-            # A frame can depend on later ones, at most this many, which may be damaged.
+            # Decode on over the reorder delay: damage there can affect the last frame.
             if count > last + stream.codec_context.reorder_depth:
                 break
     if times and len(found) < len({*numbers}):
@@ -280,7 +289,7 @@ def decode(path, numbers, transform, times=()):
 
 def decoded_frames(container, stream, times):
     """The frames of a stream, deinterlaced. If times are given, frames at other times may be left
-    out, and all ends where decoding from a keyframe is not enough.
+    out, and an interlaced frame ends it, since the filter needs the frame before.
     """
     codec, graph, begun = stream.codec_context, None, False
     packets = (packet for packet in container.demux(stream) if packet.size)
@@ -296,7 +305,7 @@ def decoded_frames(container, stream, times):
         begun = begun or bool(frames)
         if graph is None and any(frame.interlaced_frame for frame in frames):
             if times:
-                return  # the filter needs the frame before
+                return
             graph = av.filter.Graph()
             bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced:threads=1")
             source, sink = graph.add_buffer(template=stream), graph.add("buffersink")
@@ -304,7 +313,7 @@ def decoded_frames(container, stream, times):
         if graph is None:
             yield from frames
             continue
-        for frame in frames if packet else [*frames, None]:
+        for frame in frames if packet else [*frames, None]:  # None flushes the filter
             graph.vpush(frame)
             with suppress(av.BlockingIOError, av.EOFError):  # a frame comes when the next is there
                 yield graph.vpull()
@@ -326,7 +335,7 @@ def to_rgb(frame, stream):
         raise UnreadableClip(f"PyAV: side data {error}; convert it, a picture to JPEG") from None
     if matrix is not None:
         a, b, _, c, d = struct.unpack_from("5i", bytes(matrix))  # (x, y) to (ax + cy, bx + dy)
-        if abs(b) > abs(a):
+        if abs(b) > abs(a):  # a quarter turn, which swaps x and y
             image, a, d = image.transpose(1, 0, 2), c, b
         image = np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
     return torch.from_numpy(image).permute(2, 0, 1)
@@ -346,9 +355,9 @@ def center_crop_and_resize(frames, height, width):
 
 
 class Clips:
-    """Clips read from their files, T = `frames` frames of size x width pixels; an unreadable one is
-    reported. A temporal crop is random, but the same at every reading: it is keyed on the seed and
-    the row.
+    """The data set of clips read from files, T = `frames` frames of size x width pixels. For an
+    unreadable clip there is a warning and None. A temporal crop is random, but the same at every
+    reading: it is keyed on the seed and the row.
     """
 
     def __init__(self, source, frames, stride, size, width, seed):
@@ -396,13 +405,16 @@ def local_folder(source):
     hub = re.fullmatch(r"\w[\w.-]*", owner) and re.fullmatch(r"\w[\w.-]*", name)
     hub = hub and owner not in ("out", "weights", "assets", "samples")
     require(hub, f"{source} not found; give a local folder, or a name on the Hub, owner/name")
+    return None
 
 
 def load_frozen(load, source, part, **options):
-    """Call load, some from_pretrained, on the subfolder `part` of a source, if it has one."""
+    """Call a library's from_pretrained on the subfolder `part` of a source, if it has one, or on
+    the source itself. What a repository on the Hub has is found out by trying.
+    """
     folder, reasons = local_folder(source), []
     subfolders = [part, ""] if folder is None else [part if (folder / part).is_dir() else ""]
-    for subfolder in subfolders:  # which of them is on the Hub is found out by trying
+    for subfolder in subfolders:
         try:
             return load(str(folder or source), subfolder=subfolder, **options)
         except (OSError, ValueError, SafetensorError) as error:
@@ -513,7 +525,7 @@ def hash_encoders(vae, t5):
 # The encoders cost more than a training step of a small model. So they run once, and training
 # reads their outputs in every epoch: for each clip one safetensors file with the latents of one
 # temporal crop, sampled from the VAE's posterior, and the T5 embeddings without padding, in fp16,
-# which is enough for outputs (only activations inside T5 overflow). 64x512x512 pixels take 2.1 MB,
+# whose range T5's outputs fit, unlike the activations inside T5. 64x512x512 pixels take 2.1 MB,
 # 120 tokens of T5-XXL 0.98 MB. The crop is the same in all epochs, so cut long videos into clips
 # first; and write captions first, since a cache belongs to one list of clips and captions. A clip
 # whose file was replaced is encoded again. index.json is written last: then the cache is complete.
@@ -541,7 +553,7 @@ def write_cache(clips, out, vae, t5, distributed=None):
     rows = [row for row in share if not is_encoded(files[row], stamps[row])]
     with ThreadPoolExecutor() as pool:  # FFmpeg releases the GIL
         reads = (pool.submit(clips.__getitem__, row) for row in rows)
-        ahead = deque(islice(reads, 16))  # clips that are read while others are encoded
+        ahead = deque(islice(reads, 16))  # read while others are encoded, at most 16
         for row in progress(rows, f"encoding {out}"):
             frames = ahead.popleft().result()
             ahead.extend(islice(reads, 1))
@@ -654,8 +666,8 @@ def coverage(shape, center, radius, size):
         distance = (x**2 + y**2).sqrt() - radius
     elif shape == "square":
         distance = torch.maximum(x.abs(), y.abs()) - radius * math.sqrt(math.pi) / 2
-    else:  # an equilateral triangle, point up, whose inscribed circle has this radius:
-        inner = radius * INNER
+    else:  # an equilateral triangle, point up
+        inner = radius * INNER  # radius of its inscribed circle
         distance = torch.maximum(y, (math.sqrt(3) * x.abs() - y) / 2) - inner
     return (0.5 - distance).clamp(0, 1)
 
@@ -675,7 +687,7 @@ def draw_clip(label, generator, frames=8, size=64):
     reach = 2 * INNER * radius  # no shape extends further from its center
     # [2]  the range of first centers for which the shape never leaves the frame
     low, high = reach - travel.clamp(max=0), size - reach - travel.clamp(min=0)
-    # u: uniform in the coordinate across the motion; along it, in the 30% of the range at the end
+    # u: uniform across the motion; along it, in the 30% of the range nearest the edge it moves to
     u = torch.stack(start_u)
     u = torch.where(heading == 0, u, torch.where(heading < 0, 0.3 * u, 1 - 0.3 * u))
     center = low + (high - low) * u + travel * torch.linspace(0, 1, frames)[:, None]  # [T, 2]
@@ -717,23 +729,29 @@ def detect(video):
     offset = video.float() - torch.tensor(BACKGROUND).view(3, 1, 1)  # [T, 3, H, W]
     strength = offset.norm(dim=1)  # [T, H, W]
     strong = strength > 0.6 * strength.flatten().kthvalue(int(0.99 * strength.numel())).values
-    if strength.median() > 40 or not 0.02 < strong.float().mean() < 0.3:
-        return None  # no plain background, or nothing of a shape's size
+    if strength.median() > 40:
+        return None  # no plain background
+    if not 0.02 < strong.float().mean() < 0.3:
+        return None  # nothing of a shape's size
     colors = torch.tensor(list(COLORS.values())) - torch.tensor(BACKGROUND)  # [4, 3]
     distance = (colors - offset.transpose(0, 1)[:, strong].mean(1)).norm(dim=1)  # [4]
     color = list(COLORS)[distance.argmin()]
     iou, center, area = fit_shapes(color_coverage(video, color))
     iou, size_change = iou.mean(1), area / area.median()  # [shapes], [T]
-    if distance.min() > 80 or iou.max() < 0.6 or size_change.min() < 0.5 or size_change.max() > 2:
-        return None  # another color or shape, or one that does not keep its size
+    if distance.min() > 80 or iou.max() < 0.6:
+        return None  # another color, another shape
+    if size_change.min() < 0.5 or size_change.max() > 2:
+        return None  # it does not keep its size
 
     time = torch.linspace(-0.5, 0.5, T)[:, None]
     velocity = (center * time).sum(0) / time.square().sum()  # [2]  least squares, pixels per clip
     residual = (center - center.mean(0) - time * velocity).norm(dim=1).mean()
     direction = max(DIRECTIONS, key=lambda d: velocity @ torch.tensor(DIRECTIONS[d]).float())
     across = (velocity * torch.tensor(DIRECTIONS[direction][::-1])).norm()  # the other coordinate
-    if velocity.norm() < size / 8 or across > 0.4 * velocity.norm() or residual > size / 16:
-        return None  # too slow, or not straight
+    if velocity.norm() < size / 8:
+        return None  # too slow
+    if across > 0.4 * velocity.norm() or residual > size / 16:
+        return None  # not straight in one of the directions
     return color, SHAPES[iou.argmax()], direction
 
 
@@ -758,7 +776,7 @@ class Toy:
         self.labels = [labels[i % len(labels)] for i in range(clips)]
         self.captions = [caption_of(label) for label in self.labels]
         self.files = [None] * clips
-        # The same settings as those of Clips. After a change of draw_clip delete the toy's caches.
+        # The keys are those of Clips.settings. After a change of draw_clip delete the toy's caches.
         identity = hashlib.sha256(repr((split, self.captions, COLORS)).encode()).hexdigest()[:12]
         self.settings = dict(clips=identity, frames=frames, stride=1, size=size, width=size, seed=0)
 
@@ -823,7 +841,7 @@ def run_command(main):
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or dist.is_initialized():  # before that all ranks fail alike: one prints
+        if rank == "0" or dist.is_initialized():  # before, all ranks have the same error
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():  # skipped after an error, because it could hang
@@ -907,10 +925,20 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+def all_gather(value):
+    """Return the values of all processes, any picklable objects, in the order of ranks. Waits for
+    hours if one of them encodes, samples or saves.
+    """
+    if patient_group is None:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=patient_group)
+    return values
+
+
 def barrier():
-    """Wait until all processes are here, for hours if one of them encodes, samples or saves."""
-    if patient_group is not None:
-        dist.all_reduce(torch.zeros(1), group=patient_group)
+    """Wait until all processes are here."""
+    all_gather(None)
 
 
 if __name__ == "__main__":

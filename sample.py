@@ -8,22 +8,24 @@ network predicts the noise and, in the second half of its channels, the variance
 
 Shapes in this file:
     B batch    C latent channels    T frames    L caption tokens    E caption channels
-    H, W latent height and width    N steps of a schedule, 1000 in training
+    H, W height and width of latents; in videos [T, 3, H, W] of pixels
+    N steps of a schedule, 1000 in training
 """
 
 import gc
 import json
 import math
-import os
 import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import av
 import torch
 import tyro
-from huggingface_hub import snapshot_download
+from av.video.reformatter import Colorspace
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
 import data
@@ -42,27 +44,27 @@ from stdit import STDiT, STDiTConfig
 
 
 class Schedule(NamedTuple):
-    """Tables over N steps, in the order of increasing noise: index 0 is the last step of
-    sampling (t = 1 in the papers, which count from 1). float64 on the CPU; to(device) converts to
-    fp32. alpha and sigma are those of DPM-Solver; DDPM's alpha_t is 1 - beta_t.
+    """Tables over N steps, in the order of increasing noise: index 0 is the last step of sampling
+    (t = 1 in the papers, which count from 1). They are float64; to(device) converts to fp32. alpha
+    and sigma have DPM-Solver's meaning; DDPM's alpha_t is 1 - beta_t.
     """
 
     timesteps: torch.Tensor  # [N]  timestep given to the network, 0 to 999
     alpha: torch.Tensor  # [N]  sqrt(alphas_cumprod), scale of the signal
     sigma: torch.Tensor  # [N]  sqrt(1 - alphas_cumprod), scale of the noise
-    alpha_prev: torch.Tensor  # [N]  alpha one step closer to x_0; 1 at index 0
+    alpha_prev: torch.Tensor  # [N]  _prev: one step closer to x_0; 1 at index 0
     sigma_prev: torch.Tensor  # [N]  0 at index 0
     posterior_mean_coef1: torch.Tensor  # [N]  of x_0 in the mean of q(x_{t-1} | x_t, x_0)
     posterior_mean_coef2: torch.Tensor  # [N]  of x_t (DDPM, eq. 7)
-    log_betas: torch.Tensor  # [N]  log variance of a reverse step at v = 1
-    posterior_log_variance: torch.Tensor  # [N]  at v = -1: log beta-tilde
+    log_betas: torch.Tensor  # [N]  log variance of a reverse step at var = 1
+    posterior_log_variance: torch.Tensor  # [N]  at var = -1: log beta-tilde
 
     def to(self, device):
         return Schedule(self.timesteps.to(device), *(t.float().to(device) for t in self[1:]))
 
 
 def schedule_from_timesteps(timesteps):
-    """The Schedule of a subset of the training timesteps: int64 [N], ascending, N >= 2."""
+    """Return the Schedule of a subset of the training timesteps: int64 [N], ascending, N >= 2."""
     betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)[timesteps]
     alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
@@ -83,7 +85,7 @@ def schedule_from_timesteps(timesteps):
 
 
 def make_schedule(steps=1000):
-    """The training schedule, or `steps` of its timesteps, evenly spaced from 0 to 999."""
+    """Return the training schedule, or `steps` of its timesteps, evenly spaced from 0 to 999."""
     require(2 <= steps <= 1000, f"steps={steps}: expected 2 to 1000")
     timesteps = torch.linspace(0, 999, steps, dtype=torch.float64).round().long()
     return schedule_from_timesteps(timesteps)
@@ -93,33 +95,36 @@ TRAIN_SCHEDULE = make_schedule(1000)
 
 
 def extract(table, t, x):
-    """table[t], for indices t [B] or a single int, shaped to multiply x [B, C, T, H, W]."""
+    """Return table[t], shaped to multiply x [B, C, T, H, W]. t, here and below: indices into a
+    schedule [B], or an int. In the training schedule an index is the timestep.
+    """
     return table[t].to(x).view(-1, 1, 1, 1, 1)
 
 
 def q_sample(schedule, x0, t, noise):
-    """x_t, a sample of q(x_t | x_0) (DDPM, eq. 4). x0, noise [B, C, T, H, W]; t [B]."""
+    """Return x_t, a sample of q(x_t | x_0) (DDPM, eq. 4). x0, noise [B, C, T, H, W]; t [B]."""
     return extract(schedule.alpha, t, x0) * x0 + extract(schedule.sigma, t, x0) * noise
 
 
 def predict_x0(schedule, x_t, t, eps):
-    """x_0 from x_t and the predicted noise eps: q_sample solved for x0."""
+    """Return x_0 for x_t and the predicted noise eps: q_sample solved for x0."""
     return (x_t - extract(schedule.sigma, t, x_t) * eps) / extract(schedule.alpha, t, x_t)
 
 
 def posterior_mean(schedule, x0, x_t, t):
-    """Mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
+    """Return the mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
     coef1, coef2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
     return extract(coef1, t, x0) * x0 + extract(coef2, t, x_t) * x_t
 
 
-def log_variance(schedule, v, t):
-    """The predicted log variance, between log beta-tilde at v = -1 and log beta at v = 1 (IDDPM,
-    eq. 15; its v is w here). v is not clipped, and has nothing to do with v-prediction.
+def log_variance(schedule, var, t):
+    """Return the log variance of a reverse step, interpolated between its bounds by the network's
+    variance channels `var`: log beta-tilde at -1, log beta at 1 (IDDPM, eq. 15, whose v is w here).
+    var is not clipped.
     """
-    w = (v + 1) / 2
-    lower = extract(schedule.posterior_log_variance, t, v)
-    return w * extract(schedule.log_betas, t, v) + (1 - w) * lower
+    w = (var + 1) / 2
+    lower = extract(schedule.posterior_log_variance, t, var)
+    return w * extract(schedule.log_betas, t, var) + (1 - w) * lower
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,29 +136,30 @@ def log_variance(schedule, v, t):
 
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
-    """Returns a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the VLB at t, in bits per dimension. v1 trains on their sum. (IDDPM weights the VLB with
-    0.001 but sums over the steps; with 1000 steps this is the same.)
+    """Return a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
+    term of the VLB at t, in bits per dimension. v1 trains on their sum. (IDDPM has 0.001 times the
+    sum of the VLB over 1000 steps, which is its mean over t.)
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
-    eps, v = out.chunk(2, dim=1)  # 2 x [B, C, T, H, W]
+    eps, var = out.chunk(2, dim=1)  # 2 x [B, C, T, H, W]
     mse = (eps - noise).square().flatten(1).mean(1)
-    mean = posterior_mean(schedule, predict_x0(schedule, x_t, t, eps.detach()), x_t, t)
-    log_var = log_variance(schedule, v, t)
+    x0_pred = predict_x0(schedule, x_t, t, eps.detach())  # the VLB trains var alone
+    mean = posterior_mean(schedule, x0_pred, x_t, t)
+    log_var = log_variance(schedule, var, t)
     true_mean = posterior_mean(schedule, x0, x_t, t)
-    true_log_var = extract(schedule.posterior_log_variance, t, x_t)
+    true_log_var = extract(schedule.posterior_log_variance, t, x_t)  # of q(x_{t-1} | x_t, x_0)
     mean_term = (true_mean - mean).square() * (-log_var).exp()
     variance_term = log_var - true_log_var + (true_log_var - log_var).exp() - 1
-    kl = 0.5 * (variance_term + mean_term)  # between two Gaussians
+    kl = 0.5 * (variance_term + mean_term)  # of q(x_{t-1} | x_t, x_0) from the prediction
     nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var)
     vlb = torch.where((t == 0).view(-1, 1, 1, 1, 1), nll, kl) / math.log(2)
     return {"mse": mse, "vlb": vlb.flatten(1).mean(1)}
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_std):
-    """Log of the probability of a bin of width 2/255 around x; the outer bins extend to infinity
-    (DDPM, eq. 13). It suits pixels in [-1, 1] rather than latents, but v1 has it.
+    """Return the log probability of a bin of width 2/255 around x; the outer bins extend to
+    infinity (DDPM, eq. 13). It suits pixels in [-1, 1] rather than latents, but v1 has it.
     """
     upper = torch.special.ndtr((x - mean + 1 / 255) * (-log_std).exp())
     lower = torch.special.ndtr((x - mean - 1 / 255) * (-log_std).exp())
@@ -165,47 +171,51 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # Sampler steps
 #
 # A step computes x_{t-1} from x_t and the predicted noise. DDPM samples from the predicted
-# Gaussian. DDIM integrates the probability-flow ODE, which has the same marginals; without noise,
-# fewer steps suffice. DPM-Solver++ solves it to second order, extrapolating x_0 from its last two
-# predictions.
+# Gaussian. DDIM adds no noise and needs fewer steps: it integrates the probability-flow ODE, whose
+# x_t have the same distribution at every t. DPM-Solver++ integrates it to second order,
+# extrapolating x_0 from its last two predictions.
 #
-# All steps have the same arguments and return x, one step closer to x_0:
-#     x        x_t [B, C, T, H, W]
+# A step names the arguments that it uses, and returns x, one step closer to x_0:
 #     i        index into the schedule
+#     x        x_t [B, C, T, H, W]
 #     x0       the predicted x_0, not clipped, since latents have no bounds
-#     eps, v   the network's output, with guidance
-#     noise    standard normal; for DDPM
-#     x0_last  x0 of the step before, None in the first; for DPM-Solver++
+#     eps      the predicted noise, with guidance
+#     var      the network's variance channels, for log_variance
+#     noise    a function that draws standard normal noise
+#     x0_last  x0 of the step before, None in the first
 
 
-def ddpm_step(schedule, x, i, x0, eps, v, noise, x0_last=None):
+def ddpm_step(schedule, i, x, x0, var, noise, **_):
     """Ancestral sampling with learned variance (DDPM, algorithm 2; IDDPM, eq. 15)."""
     mean = posterior_mean(schedule, x0, x, i)
-    return mean + (0.5 * log_variance(schedule, v, i)).exp() * noise if i > 0 else mean
+    if i == 0:
+        return mean
+    return mean + (0.5 * log_variance(schedule, var, i)).exp() * noise()
 
 
-def ddim_step(schedule, x, i, x0, eps, v, noise, x0_last=None):
-    """Deterministic DDIM (arXiv 2010.02502, eq. 12 with sigma = 0)."""
+def ddim_step(schedule, i, x0, eps, **_):
+    """Deterministic DDIM (arXiv 2010.02502, eq. 12 without noise)."""
     return schedule.alpha_prev[i] * x0 + schedule.sigma_prev[i] * eps
 
 
-def dpm_step(schedule, x, i, x0, eps, v, noise, x0_last=None):
+def dpm_step(schedule, i, x, x0, x0_last, **_):
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). Without the extrapolation it is DDIM.
 
     Its time variable is lambda = log(alpha / sigma), half the log SNR. It is infinite at x_0, so
     the last step is first order, like the first, which has no earlier prediction.
     """
     if x0_last is not None and i > 0:
-        lambda_t = (schedule.alpha / schedule.sigma).log()  # [N]
-        h, h_last = lambda_t[i - 1] - lambda_t[i], lambda_t[i] - lambda_t[i + 1]
+        lambdas = (schedule.alpha / schedule.sigma).log()  # [N]
+        h = lambdas[i - 1] - lambdas[i]
+        h_last = lambdas[i] - lambdas[i + 1]
         x0 = x0 + 0.5 * h / h_last * (x0 - x0_last)
     sigma_ratio = schedule.sigma_prev[i] / schedule.sigma[i]
     return sigma_ratio * x + (schedule.alpha_prev[i] - sigma_ratio * schedule.alpha[i]) * x0
 
 
 def dpm_schedule(steps):
-    """`steps` timesteps, evenly spaced up to 999 as if there were one more, at 0, as in diffusers:
-    near t = 0 lambda changes so fast that the extrapolation would overshoot.
+    """Return a Schedule of steps + 1 evenly spaced timesteps from 0 to 999, without the 0, as in
+    diffusers: near t = 0 lambda changes so fast that the extrapolation would overshoot.
     """
     require(2 <= steps <= 999, f"steps={steps}: expected 2 to 999 with --sampler dpm")
     return schedule_from_timesteps(make_schedule(steps + 1).timesteps[1:])
@@ -224,42 +234,31 @@ SAMPLERS = {  # name: (its schedule, its step)
 # and without a caption. Sampling extrapolates from the prediction without the caption beyond the
 # one with it (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
-# where guidance 1 is the plain conditional prediction. At small t guidance only distorts shapes and
-# colors, so it can be limited to large t. (arXiv 2404.07724 also leaves out the largest. At the
-# switch DPM-Solver++ extrapolates from one guided and one unguided x_0.)
+# where guidance 1 is the plain conditional prediction. On the toy, guidance at small t distorts
+# shapes and colors, so it can be limited to large t (arXiv 2404.07724 also leaves out the largest).
 
 
-def drop_captions(y, mask, drop, null):
-    """Replace captions with the null caption, in training. y [B, L, E]; mask [B, L] bool; drop [B]
-    bool, True where the caption is replaced; null [L, E], model.y_embedder.y_embedding. Returns the
-    new (y, mask).
+def predict_noise_and_variance(model, x, t, y, mask, guidance, v1_guidance=False):
+    """Return the guided eps and the variance channels, [B, C, T, H, W] each, for x
+    [B, C, T, H, W] at timestep t (scalar tensor).
 
-    The null caption is not masked. v1 keeps the mask of the replaced caption, so there "no caption"
-    depends on that caption's length.
-    """
-    return torch.where(drop[:, None, None], null, y), mask | drop[:, None]
-
-
-def predict_noise(model, x, t, y, mask, guidance, v1_guidance=False):
-    """Guided eps and v, [B, C, T, H, W] each, for x [B, C, T, H, W] at timestep t (scalar tensor).
-
-    y [2B, L, E], mask [2B, L]: B captions, then B null captions, which guidance 1 does not need. v
-    is the one predicted with the caption. v1_guidance: guide 3 of the 4 channels, as v1 does (and
-    DiT, which v1's code follows).
+    y [2B, L, E], mask [2B, L]: B captions, then B null captions; with guidance 1 only the first B
+    are read. The variance is that of the captions. v1_guidance: guide 3 of the 4 channels, as v1
+    does (and DiT, which v1's code follows).
     """
     B = len(x)
     if guidance == 1:
         return model(x, t.expand(B), y[:B], mask[:B]).chunk(2, dim=1)
-    eps, v = model(torch.cat([x, x]), t.expand(2 * B), y, mask).chunk(2, dim=1)
+    eps, var = model(torch.cat([x, x]), t.expand(2 * B), y, mask).chunk(2, dim=1)
     eps_cond, eps_uncond = eps.chunk(2)  # 2 x [B, C, T, H, W]
     eps = eps_uncond + guidance * (eps_cond - eps_uncond)
     if v1_guidance:
         eps = torch.cat([eps[:, :3], eps_cond[:, 3:]], dim=1)
-    return eps, v[:B]
+    return eps, var[:B]
 
 
 @torch.no_grad()
-def sample(
+def sample_latents(
     model,
     y,
     mask,
@@ -271,52 +270,116 @@ def sample(
     sampler="ddpm",
     v1_guidance=False,
 ):
-    """Generate latents [B, C, T, H, W] for B captions. y [B, L, E], mask [B, L]; shape (C, T, H, W)
-    of one video's latents.
+    """Generate latents [B, C, T, H, W] for B captions. y [B, L, E], mask [B, L]; shape
+    (C, T, H, W) of one video's latents.
 
-    keys: for each video the key of its noise (data.keyed_generator). Up to rounding, a video does
+    keys: for each video a tuple that seeds its noise, see video_keys. Up to rounding, a video does
     not depend on the rest of its batch. v1's configs have 100 steps and guidance 7. guidance_min_t:
     use guidance only at timesteps >= this. v1_guidance reproduces v1: three guided channels, and
     a null caption with the padding mask of the prompt.
     """
     make, step = SAMPLERS[sampler]
     schedule = make(steps)
-    timesteps, schedule = schedule.timesteps.tolist(), schedule.to(y.device)
+    timesteps = schedule.timesteps.tolist()  # on the CPU: comparing must not wait for the GPU
+    schedule = schedule.to(y.device)
     generators = [keyed_generator(*key) for key in keys]
 
     def noise():  # [B, C, T, H, W]
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y)
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y.device)
 
     if guidance != 1:
         null = model.y_embedder.y_embedding.expand_as(y)  # [B, L, E]
         null_mask = mask if v1_guidance else torch.ones_like(mask)
-        y, mask = torch.cat([y, null]), torch.cat([mask, null_mask])
-    x, x0 = noise(), None
+        y = torch.cat([y, null])  # [2B, L, E]
+        mask = torch.cat([mask, null_mask])  # [2B, L]
+    x = noise()
+    x0_last = None
     for i in progress(range(steps - 1, -1, -1), "sampling"):
         g = guidance if timesteps[i] >= guidance_min_t else 1
-        eps, v = predict_noise(model, x, schedule.timesteps[i], y, mask, g, v1_guidance)
-        x0_last = x0
+        t = schedule.timesteps[i]
+        eps, var = predict_noise_and_variance(model, x, t, y, mask, g, v1_guidance)
         x0 = predict_x0(schedule, x, i, eps)
-        x = step(schedule, x, i, x0, eps, v, noise() if sampler == "ddpm" else None, x0_last)
+        # each step takes what it names
+        x = step(schedule, i, x=x, x0=x0, eps=eps, var=var, noise=noise, x0_last=x0_last)
+        x0_last = x0
     return x
 
 
 def video_keys(seed, prompts):
-    """The key of each video's noise: seed, prompt, number of earlier occurrences of the prompt."""
+    """Return the key of each video's noise: seed, prompt, and how often it occurred before."""
     return [(seed, "video", prompt, prompts[:i].count(prompt)) for i, prompt in enumerate(prompts)]
 
 
 def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
-    """Generate and decode n videos, a list of uint8 [T, 3, H, W] in pixels. y [n, L, E], mask
-    [n, L]. batch_size: videos at a time. keys, shape, options: as for sample().
+    """Generate and decodes n videos, a list of uint8 [T, 3, H, W] in pixels. y [n, L, E], mask
+    [n, L]. batch_size: videos at a time. keys, shape, options: as for sample_latents().
     """
-    videos, device = [], next(model.parameters()).device
-    y, mask = y.to(device), mask.to(device)
+    device = next(model.parameters()).device
+    videos = []
     for i in range(0, len(keys), batch_size):
         part = slice(i, i + batch_size)
-        latents = sample(model, y[part], mask[part], shape, keys[part], **options)
+        captions = y[part].to(device), mask[part].to(device)
+        latents = sample_latents(model, *captions, shape, keys[part], **options)
         videos += [data.to_uint8(vae.decode(z)) for z in latents]
     return videos
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing videos and images
+
+
+def write_video(path, frames, fps):
+    """Write frames, uint8 [T, 3, H, W], as an H.264 MP4. The conversion to YCbCr uses the matrix
+    of BT.709, and the file says so; players guess the matrix of an untagged file.
+    """
+
+    def write(tmp):
+        with av.open(str(tmp), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
+            stream.height, stream.width = frames.shape[-2:]
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+            context.color_range = 1  # limited
+            for image in frames.permute(0, 2, 3, 1).contiguous().numpy():  # [H, W, 3]
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+
+    data.atomic_write(path, write)
+
+
+def to_image(frame, height=0):
+    """Convert a frame, uint8 [3, H, W], to a PIL image; a small one is enlarged to about `height`
+    pixels.
+    """
+    factor = max(1, round(height / frame.shape[-2]))
+    image = Image.fromarray(frame.permute(1, 2, 0).numpy())
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def write_gif(path, video, fps):
+    """Write a video, uint8 [T, 3, H, W], as a looping GIF, enlarged to about 256 pixels."""
+    first, *rest = [to_image(frame, 256) for frame in video]
+    options = {"save_all": True, "append_images": rest, "duration": round(1000 / fps), "loop": 0}
+    data.atomic_write(path, lambda tmp: first.save(tmp, format="GIF", **options))
+
+
+def write_sheet(path, videos, captions):
+    """Write a PNG with a row per video, uint8 [T, 3, H, W]: its caption above up to 8 frames."""
+    T = len(videos[0])
+    shown = torch.linspace(0, T - 1, min(T, 8)).round().long()
+    rows = [[to_image(frame, 128) for frame in video[shown]] for video in videos]
+    width = rows[0][0].width + 4
+    height = rows[0][0].height + 24
+    sheet = Image.new("RGB", (len(shown) * width + 4, len(rows) * height + 4), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for r, (images, caption) in enumerate(zip(rows, captions)):
+        draw.text((6, r * height + 4), caption, fill="black", font=font)
+        for k, image in enumerate(images):
+            sheet.paste(image, (4 + k * width, 24 + r * height))
+    data.atomic_write(path, lambda tmp: sheet.save(tmp, format="PNG"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,32 +392,34 @@ def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
 
 
 def newest_checkpoint(run):
-    """The newest checkpoint folder of a run of train.py, or None."""
+    """Return the newest checkpoint folder of a run of train.py, or None."""
     return max(Path(run).glob("checkpoints/step_*"), default=None)
 
 
-CONVERT = "released weights need tools/convert_weights.py, a run has none before --save-every steps"
-
-
 def find_weights(source):
-    """The local folder that holds the weights of a run of train.py, a folder, or a Hub name."""
-    folder = newest_checkpoint(source) or Path(source)
+    """Return the local folder with the weights of a run of train.py, a folder, or a Hub name."""
+    folder = newest_checkpoint(source) or data.local_folder(source)
     files = ["config.json", "model.safetensors", "sample.json"]
-    if not folder.is_dir():
+    help = (
+        "convert released weights by tools/convert_weights.py; a run has weights once it has saved"
+    )
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
         try:
-            folder = Path(snapshot_download(str(source), allow_patterns=files))
+            folder = Path(snapshot_download(source, allow_patterns=files))
         except (OSError, ValueError) as error:
             reason = f"could not be downloaded from the Hub ({type(error).__name__})"
-            raise UserError(f"{source} is not a local folder, and {reason}; {CONVERT}") from None
+            raise UserError(f"{source} is not a local folder, and {reason}; {help}") from None
     found = all((folder / name).is_file() for name in files[:2])
-    require(found, f"{source} has no config.json and model.safetensors; {CONVERT}")
+    require(found, f"{source} has no config.json and model.safetensors; {help}")
     return folder
 
 
 def load_model(source, **changes):
-    """The model of a run, folder or Hub name, in eval mode. changes: new values for fields of its
-    config, e.g. space_scale. load_state_dict raises if a tensor is missing, unexpected or of the
-    wrong shape.
+    """Load the model of a run, folder or Hub name, in eval mode and fp32. changes: new values for
+    fields of its config, e.g. space_scale. load_state_dict raises if a tensor is missing,
+    unexpected or of the wrong shape.
     """
     folder = find_weights(source)
     config = STDiTConfig(**json.loads((folder / "config.json").read_text()))
@@ -373,49 +438,62 @@ class SampleConfig:
     weights: str  # run of train.py, folder of tools/convert_weights.py, or Hub name
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text of a video; may be repeated
     out: str = "samples"  # folder to write
-    frames: int | None = None  # frames of a video, 1 for an image; None: as in training
-    size: int | None = None  # height in pixels; None: as in training
+    # None means as in training, unless a comment says otherwise
+    frames: int | None = None  # frames of a video, 1 for an image
+    size: int | None = None  # height in pixels
     width: int | None = None  # in pixels; None: as in training, or the height if --size is set
-    output_fps: int | None = None  # frames per second of the files; None: as in training
+    space_scale: float | None = (
+        None  # spatial position = index / scale; None: in proportion to size
+    )
+    time_scale: float | None = None  # temporal position = index / scale
+    output_fps: int | None = None  # frames per second of the files
+    guidance: float | None = None  # classifier-free guidance, 1: none; v1: 7
+    guidance_min_t: int | None = None  # use guidance only at timesteps >= this; v1: 0
+    vae: str | None = None  # folder or Hub name of the VAE
+    t5: str | None = None  # folder or Hub name of T5 encoder and tokenizer
+    # denoising
     steps: int = 50  # denoising steps; v1: 100
     sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # dpm: DPM-Solver++(2M), good with 20 steps
-    guidance: float | None = None  # classifier-free guidance, 1: none; v1: 7; None: as stored
-    guidance_min_t: int | None = None  # use guidance only at timesteps >= this; v1: 0
     v1_guidance: bool = False  # as v1: guide 3 of 4 channels, null caption with the prompt's mask
-    space_scale: float | None = None  # spatial position = index / scale; None: as in training
-    time_scale: float | None = None  # temporal position = index / scale; None: as in training
-    vae: str | None = None  # folder or Hub name of the VAE; None: as in training
-    t5: str | None = None  # folder or Hub name of T5 encoder and tokenizer; None: as in training
     seed: int = 0  # random seed
     batch_size: int = 8  # videos at a time
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
 
 
 def resolve(config):
-    """Replace fields that are None by the values in sample.json of the weights."""
-    file = find_weights(config.weights) / "sample.json"
+    """Replace the fields that are None by the settings of the weights, from their sample.json."""
+    folder = find_weights(config.weights)
+    file = folder / "sample.json"
     require(file.is_file(), f"{file} is missing; train.py and tools/convert_weights.py write it")
     settings = json.loads(file.read_text())
+    trained = STDiTConfig(**json.loads((folder / "config.json").read_text()))
+    trained_area = settings["size"] * settings["width"]
     settings |= {k: v for k, v in vars(config).items() if v is not None}
     if config.size and not config.width:
         settings["width"] = config.size
+    # A video of another size spans the same positions, the rule of train.py.
+    ratio = math.sqrt(settings["size"] * settings["width"] / trained_area)
+    scale = trained.space_scale
+    scale = tuple(v * ratio for v in scale) if isinstance(scale, tuple) else scale * ratio
+    settings.setdefault("space_scale", scale)
+    settings.setdefault("time_scale", trained.time_scale)
     return SampleConfig(**settings)
 
 
 def write_videos(out, prompts, videos, fps):
-    """Write each video (uint8 [T, 3, H, W]) and a contact sheet, and print their names."""
-    Path(out).mkdir(parents=True, exist_ok=True)
+    """Write each video (uint8 [T, 3, H, W]) and a contact sheet, and prints their names."""
     for i, (prompt, video) in enumerate(zip(prompts, videos)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         path = Path(out) / f"{i:02d}_{slug}"
         if len(video) == 1:
-            data.to_image(video[0]).save(f"{path}.png")
+            image = to_image(video[0])
+            data.atomic_write(f"{path}.png", lambda tmp: image.save(tmp, format="PNG"))
             print(f"{path}.png")
         else:
-            data.write_video(path.with_suffix(".mp4"), video, fps)
-            data.write_gif(path.with_suffix(".gif"), video, fps)
+            write_video(f"{path}.mp4", video, fps)
+            write_gif(f"{path}.gif", video, fps)
             print(f"{path}.mp4 and .gif")
-    data.write_sheet(Path(out) / "sheet.png", videos, prompts)
+    write_sheet(Path(out) / "sheet.png", videos, prompts)
     print(Path(out) / "sheet.png")
 
 
@@ -425,14 +503,12 @@ def main():
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
     SAMPLERS[c.sampler][0](c.steps)  # a bad number of steps fails here, before anything is loaded
     c = resolve(c)
-    d = data.init_distributed(c.device, sp=int(os.environ.get("WORLD_SIZE", 1)))  # share each video
+    device = data.init_distributed(c.device).device
 
-    scales = {k: getattr(c, k) for k in ("space_scale", "time_scale") if getattr(c, k)}
-    model = load_model(c.weights, **scales)
-    model.sp_group = d.sp_group
-    vae = data.VAE(c.vae, d.device)
+    model = load_model(c.weights, space_scale=c.space_scale, time_scale=c.time_scale)
+    vae = data.VAE(c.vae, device)
     vae.check_size(c.frames, c.size, c.width, model.config.patch_size)
-    t5 = data.T5(c.t5, model.config.caption_length, d.device)
+    t5 = data.T5(c.t5, model.config.caption_length, device)
     prompts = [data.clean_caption(prompt) for prompt in c.prompt]
     y, mask = t5.encode(prompts)
     del t5  # T5-XXL takes 9.5 GB in bf16
@@ -444,11 +520,10 @@ def main():
     keys = video_keys(c.seed, prompts)
     names = ("steps", "sampler", "guidance", "guidance_min_t", "v1_guidance")
     options = {name: getattr(c, name) for name in names}
-    videos = generate(model.to(d.device), vae, y, mask, keys, shape, c.batch_size, **options)
-    if d.rank == 0:
-        write_videos(c.out, c.prompt, videos, c.output_fps)
+    videos = generate(model.to(device), vae, y, mask, keys, shape, c.batch_size, **options)
+    write_videos(c.out, c.prompt, videos, c.output_fps)
     seconds = time.time() - start
-    print0(f"{c.steps} steps of {c.sampler} on {d.device}: {seconds:.1f} s with loading")
+    print0(f"{c.steps} steps of {c.sampler} on {device}: {seconds:.1f} s with loading")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """STDiT, the spatial-temporal diffusion transformer of Open-Sora v1: the network alone.
 
-Input: noisy video latents, a timestep, T5 embeddings of the caption. Output: 2C channels, the
-predicted noise followed by v, from which the variance of the reverse step is computed. The
-diffusion process is in sample.py. Module names are those of the released weights. "v1" is Open-Sora
-v1, "the report" its technical report.
+Input: noisy video latents, timesteps and T5 embeddings of captions. Output: twice the channels of
+the latents. The first half predicts the noise, the second half the variance of the reverse step
+(IDDPM; it is not v-prediction). Module names are those of the released weights. "v1" means
+Open-Sora v1, "the report" docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
 
 Shapes in this file:
-    B batch    C latent channels (4)    H, W latent height and width
-    T frames; after patchify, patches along time (in v1 the same, since a patch is 1 frame long)
-    h, w patches per column and per row    S = h*w patches per frame    D hidden size
-    L caption tokens    E caption channels
+    B batch    C latent channels (4)    H, W latent height and width    D hidden size
+    T frames; of tokens, patches along time (as many in v1, where a patch is one frame long)
+    h, w patches per column and per row    S = h*w patches per frame
+    L caption tokens    E caption channels    N tokens that attend to each other
 """
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -22,21 +22,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
-from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
 #
-# The config determines all shapes and positions. Models whose configs differ only in the two scales
-# can load each other's weights, which is how training moves from small to large videos.
-
-VARIANTS = ("full", "sequential", "parallel", "latte")
+# Models that differ only in space_scale and time_scale can load each other's weights, which is how
+# training moves from small to large videos.
 
 
 @dataclass(frozen=True)
 class STDiTConfig:
-    depth: int = 28  # blocks
+    depth: int = 28  # number of blocks
     hidden_size: int = 1152  # D, channels of a token
     num_heads: int = 16  # attention heads, D / heads = 72 channels each
     mlp_ratio: float = 4.0  # hidden channels of the MLP / D
@@ -44,9 +40,12 @@ class STDiTConfig:
     in_channels: int = 4  # C, given by the VAE
     caption_channels: int = 4096  # E, given by the text encoder; T5-XXL has 4096
     caption_length: int = 120  # L, maximum number of caption tokens
-    variant: str = "sequential"  # design of the block, one of VARIANTS; v1: sequential
+    variant: str = "sequential"  # design of the block, a key of BLOCKS; v1: sequential
     space_scale: float | tuple = 1.0  # spatial position = index / scale; a pair is (h, w)
     time_scale: float = 1.0  # temporal position = index / scale
+    embedder_std: float | None = (
+        0.02  # of the initial t_embedder and y_embedder; None: fan_in**-0.5
+    )
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -62,24 +61,22 @@ MODELS = {
         num_heads=4,
         caption_channels=64,
         caption_length=16,
-        space_scale=0.125,  # 4x4 patches (64x64 pixels) span the positions of 32x32 (512x512)
-        time_scale=0.25,
+        space_scale=0.125,  # 4x4 patches (64x64 pixels) span the positions of 32x32 (512x512),
+        time_scale=0.25,  # 8 frames those of 32: closer positions have nearly equal embeddings
+        embedder_std=None,  # 0.02 suits a width of 1152 (tutorial, section 10)
     ),
 }
-# Patches of 2 frames are twice as far apart in time (report, section on patch embedding).
-MODELS["toy-2x2x2"] = replace(MODELS["toy"], patch_size=(2, 2, 2), time_scale=0.125)
 
 # ---------------------------------------------------------------------------------------------
-# Sinusoidal embeddings
+# Position embeddings
 #
 # Attention does not depend on the order of its tokens, so positions are added, as vectors of sines
 # and cosines. A position is index / scale: at scale 0.5 a 16x16 grid covers the positions of a
-# 32x32 grid, so a model trained at one size can be fine-tuned at another. Positions are computed in
-# float64 and rounded once to fp32. Timesteps stay in fp32: in bf16 only 507 of 1000 are distinct.
+# 32x32 grid, so a model trained at one size can be fine-tuned at another.
 
 
 def get_1d_sincos_pos_embed(length, dim, scale):
-    """float64 [length, dim]: sines, then cosines, of the positions index / scale."""
+    """Return sines, then cosines, of the positions index / scale: float64 [length, dim]."""
     position = torch.arange(length, dtype=torch.float64) / scale
     frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = position[:, None] * frequency  # [length, dim/2]
@@ -88,8 +85,8 @@ def get_1d_sincos_pos_embed(length, dim, scale):
 
 @lru_cache(maxsize=32)  # every step uses the same few grids
 def spatial_pos_embed(h, w, dim, scale, device):
-    """fp32 [S, D], row-major in (h, w). The first half of the channels encodes the column, the
-    second the row, as in the released weights. scale: a number or a pair (scale_h, scale_w).
+    """Return fp32 [S, D], row-major in (h, w). As in DiT and the released weights, the first half
+    of the channels encodes the column, the second the row. scale: a number or a pair (h, w).
     """
     scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
     column = get_1d_sincos_pos_embed(w, dim // 2, scale_w).expand(h, -1, -1)  # [h, w, D/2]
@@ -98,41 +95,45 @@ def spatial_pos_embed(h, w, dim, scale, device):
 
 
 @lru_cache(maxsize=32)
-def temporal_pos_embed(t, dim, scale, device):
-    """fp32 [1, T, 1, D], to be added to tokens [B, T, S, D]."""
-    return get_1d_sincos_pos_embed(t, dim, scale)[None, :, None].float().to(device)
+def temporal_pos_embed(T, dim, scale, device):
+    """Return fp32 [1, T, 1, D], to be added to tokens [B, T, S, D]."""
+    return get_1d_sincos_pos_embed(T, dim, scale)[None, :, None].float().to(device)
 
 
 # ---------------------------------------------------------------------------------------------
 # Attention and MLP
-#
-# Self-attention acts on sequences of tokens. Which tokens form a sequence (a frame, a patch through
-# time, a whole video) is decided by the rearrange around it, in attend below; that is how the four
-# variants differ.
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention among N tokens. x [B, N, D]; returns [B, N, D]."""
+    """Multi-head self-attention. `pattern` says which tokens attend to each other: "(b t) s d"
+    those of a frame, "(b s) t d" those of a patch through time, "b (t s) d" those of a video.
+    """
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, pattern):
         super().__init__()
         self.heads = heads
+        self.pattern = pattern
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D/heads]
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+    def forward(self, x, pos=None):
+        """x [B, T, S, D]; pos [1, T, 1, D], added to x if it is not None. Returns [B, T, S, D]."""
+        if pos is not None:
+            x = x + pos
+        T, S = x.shape[1:3]
+        x = rearrange(x, f"b t s d -> {self.pattern}")  # [B*T*S/N, N, D]
+        qkv = rearrange(
+            self.qkv(x), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads
+        )
+        x = F.scaled_dot_product_attention(*qkv)  # [B*T*S/N, heads, N, D/heads]
+        x = self.proj(rearrange(x, "b heads n d -> b n (heads d)"))  # [B*T*S/N, N, D]
+        return rearrange(x, f"{self.pattern} -> b t s d", t=T, s=S)
 
 
 class CrossAttention(nn.Module):
-    """Tokens attend to the caption. x [B, T, S, D], y [B, L, D], mask [B, L], True at real tokens;
-    returns [B, T, S, D].
-
-    Frames are folded into the batch, and the caption's keys are repeated for each frame. Otherwise
-    T*S queries would share L = 120 keys, and the backward pass of fused attention, which is
-    parallel over batch, heads and keys, would use little of a GPU (not measured).
+    """Multi-head attention from the tokens of a video to those of its caption. Frames are folded
+    into the batch because the backward pass of fused attention is parallel over batch, heads and
+    keys: 120 keys for all T*S queries would leave most of a GPU idle (not measured).
     """
 
     def __init__(self, dim, heads):
@@ -143,18 +144,21 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, y, mask=None):
+        """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L], True where a caption token is
+        real, or None if all are. Returns [B, T, S, D].
+        """
         T = x.shape[1]
-        q = rearrange(self.q_linear(x), "b t s (h d) -> (b t) h s d", h=self.heads)
+        q = rearrange(self.q_linear(x), "b t s (heads d) -> (b t) heads s d", heads=self.heads)
         kv = self.kv_linear(y).repeat_interleave(T, dim=0)  # [B*T, L, 2D]
-        k, v = rearrange(kv, "bt l (kv h d) -> kv bt h l d", kv=2, h=self.heads)
+        k, v = rearrange(kv, "bt l (kv heads d) -> kv bt heads l d", kv=2, heads=self.heads)
         if mask is not None:
             mask = mask.repeat_interleave(T, dim=0)[:, None, None]  # [B*T, 1, 1, L]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B*T, heads, S, D/heads]
-        return self.proj(rearrange(out, "(b t) h s d -> b t s (h d)", t=T))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B*T, heads, S, D/heads]
+        return self.proj(rearrange(x, "(b t) heads s d -> b t s (heads d)", t=T))
 
 
 class MLP(nn.Module):
-    """Linear, GELU, linear. [..., dim] -> [..., out]."""
+    """Linear layer, GELU, linear layer: [..., dim] to [..., out]."""
 
     def __init__(self, dim, hidden, out):
         super().__init__()
@@ -166,54 +170,18 @@ class MLP(nn.Module):
 
 
 def norm(x):
-    """LayerNorm over channels without scale and shift, which modulate applies."""
+    """LayerNorm over channels without weights; modulate applies scale and shift."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def modulate(x, shift, scale):
-    """adaLN: scale and shift from the timestep (DiT, arXiv 2212.09748, section 3.2)."""
+    """adaLN: scale and shift depend on the timestep (DiT, arXiv 2212.09748, section 3.2)."""
     return x * (1 + scale) + shift
 
 
-# ---------------------------------------------------------------------------------------------
-# Sequence parallelism
-#
-# The activations of 65,536 tokens (64x512x512 pixels) may not fit on one GPU. In sequence
-# parallelism the n processes of a group share a video, each holding T/n frames. Only temporal
-# attention needs all frames: an all-to-all before it gathers frames and scatters patches, and a
-# second one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266). Each process sends
-# (n-1)/n of its tokens twice; splitting heads (Ulysses) would send q, k, v and the output. n must
-# divide T and S. Without a group (None), the three functions return x.
-
-
-def all_to_all(x, gather_dim, scatter_dim, group):
-    """Gather one dimension and scatter another. From [B, T/n, S, D], gather_dim=1 and scatter_dim=2
-    give [B, T, S/n, D]; gather_dim=2 and scatter_dim=1 undo it.
-    """
-    if group is None:
-        return x
-    parts = torch.stack(x.chunk(group.size(), scatter_dim))  # [n, B, ...]
-    parts = all_to_all_single_autograd(parts, None, None, group)  # sends parts[i] to process i
-    return torch.cat(parts.unbind(), gather_dim)
-
-
-def split_frames(x, group):
-    """The frames of this process: [B, T/n, ...] of x [B, T, ...]."""
-    return x if group is None else x.chunk(group.size(), 1)[group.rank()]
-
-
-def gather_frames(x, group):
-    """The frames of all processes, [B, T, ...], on each of them. x [B, T/n, ...].
-
-    Each process computes the same loss on all frames. So in the backward pass a process receives n
-    equal gradients for its frames and sums them; DDP's average over all processes divides by n.
-    (An all-to-all of copies is an all-gather.)
-    """
-    if group is None:
-        return x
-    parts = x.expand(group.size(), *x.shape).contiguous()  # [n, B, T/n, ...]
-    parts = all_to_all_single_autograd(parts, None, None, group)
-    return torch.cat(parts.unbind(), 1)
+def split_rows(table):
+    """Split [B, n, D] into n tensors [B, 1, 1, D], which can multiply tokens [B, T, S, D]."""
+    return table[:, :, None, None].unbind(1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,140 +189,119 @@ def gather_frames(x, group):
 #
 # Full attention over the T*S tokens of a video costs (T*S)^2. STDiT attends within each frame (S^2)
 # and then, for each patch, across frames (T^2): information still passes between any two tokens.
-# The rest is PixArt-alpha's block: shift, scale and gate from the timestep (one shared MLP plus a
-# table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to the caption,
-# MLP. The output projection of the temporal attention starts at zero, so a model that starts from
-# PixArt-alpha first generates T independent PixArt images.
-#
-# To match the released weights, temporal attention has no norm, no shift and scale, and shares the
-# gate of spatial attention; cross-attention has neither norm nor gate.
-#
-# The report compares four designs:
-#     full        one attention over all tokens
-#     sequential  spatial, then temporal attention: the choice of v1
-#     parallel    both on the input of the block, outputs added; same weight names as sequential
-#     latte       a PixArt block for space, then one for time with its own table and MLP, without
-#                 cross-attention. The temporal block is not zero at first, so a latte model cannot
-#                 start as PixArt-alpha.
-# The temporal position embedding is added in the first block only: to the input of temporal
-# attention (sequential, parallel) or to the tokens themselves (full, latte).
-
-
-def attend(attention, x, pattern):
-    """Attention within sequences of the tokens x [B, T, S, D]. The pattern "(b t) s d" makes a
-    sequence of each frame, "(b s) t d" of each patch across frames, "b (t s) d" of a whole video.
-    Returns [B, T, S, D].
-    """
-    _, t, s, _ = x.shape
-    out = attention(rearrange(x, f"b t s d -> {pattern}"))
-    return rearrange(out, f"{pattern} -> b t s d", t=t, s=s)
-
-
-def temporal_attention(attention, x, group):
-    """Attention across frames. x [B, T, S, D], with a group T/n frames; returns the same shape."""
-    kind = x.device.type
-    if group and torch.is_autocast_enabled(kind):  # send bf16; attention casts to it anyway
-        x = x.to(torch.get_autocast_dtype(kind))
-    x = all_to_all(x, gather_dim=1, scatter_dim=2, group=group)  # with a group: [B, T, S/n, D]
-    x = attend(attention, x, "(b s) t d")
-    return all_to_all(x, gather_dim=2, scatter_dim=1, group=group)
-
-
-# Outputs kept by selective activation checkpointing: matrix products, attention, communication.
-SAVED_OPS = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops._c10d_functional.all_to_all_single.default,
-]
+# The rest is PixArt-alpha's block: shift, scale and gate from the timestep (one MLP shared by all
+# blocks plus a table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to
+# the caption, MLP. The output projection of temporal attention starts at zero: with PixArt-alpha's
+# weights in the rest, the model first generates T independent PixArt images.
 
 
 class STDiTBlock(nn.Module):
-    """One block. activation_checkpointing says what is kept for the backward pass: "none": all
-    activations; "full": the block's inputs, and the block is recomputed; "selective": also the
-    outputs of SAVED_OPS (18 D values per token if sequential or parallel), so only norms and
-    elementwise operations are recomputed.
-    """
+    """The block of Open-Sora v1: spatial, then temporal attention."""
 
     def __init__(self, config):
         super().__init__()
         D, heads = config.hidden_size, config.num_heads
-        hidden = int(D * config.mlp_ratio)
-        self.variant = config.variant
-        self.activation_checkpointing = "none"
         self.scale_shift_table = nn.Parameter(torch.randn(6, D) / D**0.5)
-        self.attn = SelfAttention(D, heads)
-        if self.variant != "full":
-            self.attn_temp = SelfAttention(D, heads)
+        self.attn = SelfAttention(D, heads, "(b t) s d")  # spatial: within each frame
+        self.attn_temp = SelfAttention(D, heads, "(b s) t d")  # temporal: each patch through time
         self.cross_attn = CrossAttention(D, heads)
-        self.mlp = MLP(D, hidden, D)
-        if self.variant == "latte":
-            self.scale_shift_table_temp = nn.Parameter(torch.randn(6, D) / D**0.5)
-            self.mlp_temp = MLP(D, hidden, D)
+        self.mlp = MLP(D, int(D * config.mlp_ratio), D)
 
-    def forward(self, *inputs):
-        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
-            return self.compute(*inputs)
-        options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing here is random
-        if self.activation_checkpointing == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
-        return checkpoint(self.compute, *inputs, **options)
-
-    def compute(self, x, y, mask, modulation, temporal_pos, group=None):
-        """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; modulation [B, 6, D]
-        from the timestep; temporal_pos [1, T, 1, D] in the first block, 0 in the others. Returns
-        [B, T, S, D]. With a group, x and temporal_pos are this process's frames.
+    def forward(self, x, y, mask, mod, pos=None):
+        """x [B, T, S, D] tokens; y [B, L, D] caption; mask [B, L] or None; mod [B, 6, D], the
+        modulation, from the timestep: shift, scale and gate of attention (a), then of the MLP (m);
+        pos [1, T, 1, D] temporal position embedding, or None. Returns [B, T, S, D].
         """
-        m = self.scale_shift_table + modulation  # [B, 6, D]
-        m = m[:, :, None, None].unbind(1)  # 6 x [B, 1, 1, D]
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = m
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+            self.scale_shift_table + mod
+        )
+        x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
+        x = x + gate_a * self.attn_temp(
+            x, pos
+        )  # no norm, the same gate: as in the released weights
+        x = x + self.cross_attn(x, y, mask)  # neither norm nor gate
+        return x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
-        if self.variant == "full":
-            x = x + temporal_pos
-        pattern = "b (t s) d" if self.variant == "full" else "(b t) s d"
-        out = attend(self.attn, modulate(norm(x), shift_attn, scale_attn), pattern)
-        if self.variant == "parallel":
-            out = out + temporal_attention(self.attn_temp, x + temporal_pos, group)
-        x = x + gate_attn * out
-        if self.variant == "sequential":
-            x = x + gate_attn * temporal_attention(self.attn_temp, x + temporal_pos, group)
 
+# The three other designs that the report compares with it.
+
+
+class ParallelBlock(STDiTBlock):
+    """Spatial and temporal attention read the same tokens. Loads STDiTBlock's weights."""
+
+    def forward(self, x, y, mask, mod, pos=None):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+            self.scale_shift_table + mod
+        )
+        spatial = self.attn(modulate(norm(x), shift_a, scale_a))
+        x = x + gate_a * (spatial + self.attn_temp(x, pos))
         x = x + self.cross_attn(x, y, mask)
-        x = x + gate_mlp * self.mlp(modulate(norm(x), shift_mlp, scale_mlp))
+        return x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
-        if self.variant == "latte":
-            m = (self.scale_shift_table_temp + modulation)[:, :, None, None].unbind(1)
-            shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = m
-            x = x + temporal_pos
-            x_attn = modulate(norm(x), shift_attn, scale_attn)
-            x = x + gate_attn * temporal_attention(self.attn_temp, x_attn, group)
-            x = x + gate_mlp * self.mlp_temp(modulate(norm(x), shift_mlp, scale_mlp))
-        return x
 
+def add_position(x, pos):
+    """Add the temporal position to the tokens themselves, as full and latte do. A single frame
+    gets none, as in an image model: the embedding of index 0 is not zero, its cosines are 1.
+    """
+    return x if pos is None or x.shape[1] == 1 else x + pos
+
+
+class FullBlock(STDiTBlock):
+    """One attention over all tokens of the video."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.attn.sequences = "b (t s) d"
+        del self.attn_temp  # full attention needs no second one
+
+    def forward(self, x, y, mask, mod, pos=None):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+            self.scale_shift_table + mod
+        )
+        x = add_position(x, pos)
+        x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
+        x = x + self.cross_attn(x, y, mask)
+        return x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
+
+
+class LatteBlock(STDiTBlock):
+    """A PixArt block for space, then one for time with its own table and MLP, without
+    cross-attention (Latte, arXiv 2401.03048). The second is not zero at first, so a latte model
+    does not start as an image model.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        D = config.hidden_size
+        self.scale_shift_table_temp = nn.Parameter(torch.randn(6, D) / D**0.5)
+        self.mlp_temp = MLP(D, int(D * config.mlp_ratio), D)
+
+    def forward(self, x, y, mask, mod, pos=None):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+            self.scale_shift_table + mod
+        )
+        x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
+        x = x + self.cross_attn(x, y, mask)
+        x = x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
+
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+            self.scale_shift_table_temp + mod
+        )
+        x = add_position(x, pos)
+        x = x + gate_a * self.attn_temp(modulate(norm(x), shift_a, scale_a))
+        return x + gate_m * self.mlp_temp(modulate(norm(x), shift_m, scale_m))
+
+
+BLOCKS = dict(sequential=STDiTBlock, parallel=ParallelBlock, full=FullBlock, latte=LatteBlock)
 
 # ---------------------------------------------------------------------------------------------
 # Embedders and final layer
 
 
-def patchify(x, patch_size):
-    """[B, C, T*pt, h*ph, w*pw] -> [B, T, S, C*pt*ph*pw], channels first as in a Conv3d's weight."""
-    pt, ph, pw = patch_size
-    return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-
-
-def unpatchify(x, patch_size, h, w):
-    """[B, T, h*w, pt*ph*pw*C] -> [B, C, T*pt, h*ph, w*pw], channels last as in released models."""
-    pt, ph, pw = patch_size
-    pattern = "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
-    return rearrange(x, pattern, h=h, w=w, pt=pt, ph=ph, pw=pw)
-
-
 class PatchEmbedder(nn.Module):
-    """Patches [B, T, S, C*pt*ph*pw] -> tokens [B, T, S, D], a linear layer. self.proj is a Conv3d
-    only so that its weight has the shape of the released one.
+    """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. self.proj is
+    a Conv3d for the shape of the released weight; as a linear layer it stays in fp32, while
+    convolutions on CUDA use TF32.
     """
 
     def __init__(self, config):
@@ -363,12 +310,16 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=p, stride=p)
 
     def forward(self, x):
+        pt, ph, pw = self.proj.kernel_size
+        pattern = "b c (t pt) (h ph) (w pw) -> b t (h w) (c pt ph pw)"
+        x = rearrange(x, pattern, pt=pt, ph=ph, pw=pw)  # [B, T, S, C*pt*ph*pw]
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B], 0 to 999 -> [B, D]: an MLP after a sinusoidal embedding of 256 channels. The
+    """Timesteps [B], 0 to 999, to [B, D]: an MLP on a sinusoidal embedding of 256 channels. The
     cosines come first, as in the released weights (in the position embeddings the sines do).
+    All in fp32: of the 1000 timesteps only 507 are distinct in bf16.
     """
 
     def __init__(self, dim):
@@ -382,8 +333,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """T5 embeddings [B, L, E] -> [B, L, D]. y_embedding [L, E] is the null caption, which is used
-    when there is no caption; it is a buffer and not trained, as in v1.
+    """T5 embeddings [B, L, E] to [B, L, D]. y_embedding [L, E] is the null caption, for
+    classifier-free guidance; it is a buffer and not trained, as in v1.
     """
 
     def __init__(self, config):
@@ -397,20 +348,23 @@ class CaptionEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """(x [B, T, S, D], t_emb [B, D]) -> patches [B, T, S, pt*ph*pw*2C]. t_emb is the output of
-    t_embedder, not of t_block.
+    """Tokens [B, T, h*w, D] to [B, 2C, T*pt, h*ph, w*pw]. t_emb [B, D] is the output of t_embedder,
+    not of t_block.
     """
 
     def __init__(self, config):
         super().__init__()
-        D = config.hidden_size
-        self.linear = nn.Linear(D, math.prod(config.patch_size) * 2 * config.in_channels)
+        self.patch_size = config.patch_size
+        D, channels = config.hidden_size, 2 * config.in_channels
+        self.linear = nn.Linear(D, math.prod(config.patch_size) * channels)
         self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D**0.5)
 
-    def forward(self, x, t_emb):
-        m = self.scale_shift_table + t_emb[:, None]  # [B, 2, D]
-        shift, scale = m[:, :, None, None].unbind(1)  # 2 x [B, 1, 1, D]
-        return self.linear(modulate(norm(x), shift, scale))
+    def forward(self, x, t_emb, h, w):
+        shift, scale = split_rows(self.scale_shift_table + t_emb[:, None])  # 2 x [B, 1, 1, D]
+        x = self.linear(modulate(norm(x), shift, scale))  # [B, T, S, pt*ph*pw*2C]
+        pt, ph, pw = self.patch_size  # channels come last, unlike in PatchEmbedder
+        pattern = "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
+        return rearrange(x, pattern, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -420,29 +374,25 @@ class FinalLayer(nn.Module):
 def autocast(device):
     """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. Weights,
     the loss and everything outside the blocks stay in fp32: rounding the noisy latents to bf16
-    would add noise to what the network has to predict.
+    would add an error that cannot be told from noise.
     """
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 class STDiT(nn.Module, PyTorchModelHubMixin):
-    """STDiT-XL/2 has 759,620,768 parameters, 610,856,096 of them from PixArt-alpha. save_pretrained
-    writes config.json and model.safetensors, which sample.load_model reads, and a model card.
+    """STDiT-XL/2 has 760M parameters, 611M of them from PixArt-alpha. save_pretrained, of the Hub's
+    mixin, writes config.json and model.safetensors, which sample.load_model reads.
     """
 
     def __init__(self, config: STDiTConfig):
         super().__init__()
-        if config.variant not in VARIANTS:
-            raise ValueError(f"variant={config.variant!r}: expected one of {', '.join(VARIANTS)}")
         D = config.hidden_size
         self.config = config
-        # Sequence-parallel group, set by train.py and sample.py; each process gets the whole video.
-        self.sp_group = None
         self.x_embedder = PatchEmbedder(config)
         self.t_embedder = TimestepEmbedder(D)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
         self.y_embedder = CaptionEmbedder(config)
-        self.blocks = nn.ModuleList(STDiTBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.initialize_weights()
 
@@ -450,51 +400,116 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
     def initialize_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # Conv3d like a linear layer
+                nn.init.xavier_uniform_(
+                    module.weight.flatten(1)
+                )  # a view; Conv3d like a linear layer
                 nn.init.zeros_(module.bias)
-        y_proj = self.y_embedder.y_proj
-        t_mlp = self.t_embedder.mlp
-        for linear in (t_mlp[0], t_mlp[2], self.t_block[1], y_proj.fc1, y_proj.fc2):
-            nn.init.normal_(linear.weight, std=0.02)
-        # These start at zero: the final layer and the output projections of cross-attention and (in
-        # sequential and parallel) of temporal attention.
+        nn.init.normal_(self.t_block[1].weight, std=0.02)
+        y_proj, t_mlp = self.y_embedder.y_proj, self.t_embedder.mlp
+        for linear in (t_mlp[0], t_mlp[2], y_proj.fc1, y_proj.fc2):
+            std = self.config.embedder_std or linear.in_features**-0.5
+            nn.init.normal_(linear.weight, std=std)
+        nn.init.zeros_(self.final_layer.linear.weight)
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)
             if self.config.variant in ("sequential", "parallel"):
                 nn.init.zeros_(block.attn_temp.proj.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y, mask=None):
         """Predict noise and variance.
 
         x [B, C, T, H, W] noisy latents; t [B] timesteps, 0 to 999; y [B, L, E] T5 embeddings;
-        mask [B, L], True where a token is real, or None if all are. Returns [B, 2C, T, H, W]: C
-        channels of noise, C of variance (sample.py, log_variance). Positions are computed for the
-        given grid: any T, H, W that the patch divides. With sequence parallelism, the tokens in the
-        comments below have T/n frames.
+        mask [B, L], True where a caption token is real, or None if all are. Returns
+        [B, 2C, T, H, W]: C channels of noise, C of variance. Any T, H, W that the patch divides.
         """
-        c = self.config
-        pt, ph, pw = c.patch_size
+        D, (pt, ph, pw) = self.config.hidden_size, self.config.patch_size
         T, h, w = x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw
-        group = self.sp_group
-        if group and (c.variant == "full" or T % group.size() or h * w % group.size()):
-            sizes = f"{T} frames and {h * w} patches"
-            raise ValueError(f"sp={group.size()} must divide {sizes}, and be 1 for variant=full")
+        pos = temporal_pos_embed(T, D, self.config.time_scale, x.device)  # [1, T, 1, D]
 
-        x = split_frames(patchify(x, c.patch_size), group)  # [B, T, S, C*pt*ph*pw]
-        x = self.x_embedder(x) + spatial_pos_embed(h, w, c.hidden_size, c.space_scale, x.device)
-        temporal_pos = temporal_pos_embed(T, c.hidden_size, c.time_scale, x.device)
-        temporal_pos = split_frames(temporal_pos, group)  # [1, T, 1, D]
-        # full and latte add it to the tokens themselves; a single frame gets none, so that they
-        # process it as an image model does.
-        if T == 1 and c.variant in ("full", "latte"):
-            temporal_pos = 0.0
+        x = self.x_embedder(x)  # [B, T, S, D]
+        x = x + spatial_pos_embed(h, w, D, self.config.space_scale, x.device)
         t_emb = self.t_embedder(t)  # [B, D]
-        modulation = self.t_block(t_emb).unflatten(1, (6, -1))  # [B, 6, D]  shared by all blocks
+        mod = self.t_block(t_emb).unflatten(1, (6, D))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
         with autocast(x.device):
-            for i, block in enumerate(self.blocks):
-                pos = temporal_pos if i == 0 else 0.0
-                x = block(x, y, mask, modulation, pos, group)  # [B, T, S, D]
-        x = gather_frames(self.final_layer(x, t_emb), group)  # [B, T, S, pt*ph*pw*2C]
-        return unpatchify(x, c.patch_size, h, w)  # [B, 2C, T*pt, H, W]
+            for i, block in enumerate(self.blocks):  # as in v1, only the first one is given pos
+                x = block(x, y, mask, mod, pos if i == 0 else None)  # [B, T, S, D]
+        return self.final_layer(x, t_emb, h, w)  # [B, 2C, T, H, W]
+
+
+# ---------------------------------------------------------------------------------------------
+# Scaling
+#
+# Activation checkpointing, compilation and sequence parallelism: optional, for the model to be
+# trained. The network above does not depend on them.
+
+
+def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mesh=None):
+    """Prepare a model for training at scale, in place. Sampling uses the EMA copy, made before.
+
+    activation_checkpointing: what a block keeps for the backward pass. "none": everything. "full":
+    its inputs, and the block is computed again. "selective": also the outputs of matrix products,
+    attention and communication, so that only norms and elementwise operations are computed again.
+    compile: torch.compile, block by block. sp_mesh: DeviceMesh for shard_frames.
+    """
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+    if activation_checkpointing == "selective":
+        aten = torch.ops.aten
+        kinds = ("flash_attention", "cudnn_attention", "efficient_attention")
+        names = [f"_scaled_dot_product_{k}" for k in (*kinds, "flash_attention_for_cpu")]
+        saved = [getattr(aten, name).default for name in ("mm", "addmm", *names)]
+        saved.append(torch.ops._dtensor.shard_dim_alltoall.default)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
+    for block in model.blocks:
+        if activation_checkpointing != "none":
+            # A nested function: torch.compile (2.14.1) silently ignores a functools.partial. It
+            # wraps checkpoint; the other order raises.
+            def forward(*inputs, compute=block.forward):
+                return checkpoint(compute, *inputs, **options)
+
+            block.forward = forward
+        if compile:
+            compile_block(block)
+    if sp_mesh:
+        shard_frames(model, sp_mesh)
+
+
+def compile_block(block):
+    """Compile a block. All blocks share two graphs, with and without pos.
+
+    mix_order_reduction is off because with it torch 2.14.1 loses gradients on GPUs: 4 of the 6 rows
+    of mod's gradient are never stored (pytorch issue 193061, fixed by PR 193103).
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.triton.mix_order_reduction = False
+    block.compile(dynamic=False)
+
+
+def shard_frames(model, mesh):
+    """Sequence parallelism: the n processes of `mesh` share each video and hold T/n frames each, as
+    the activations of 65,536 tokens (64x512x512 pixels) may not fit on one GPU.
+
+    Only temporal attention needs all frames. Before it an all-to-all gathers frames and scatters
+    patches, and after it another one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266).
+    Each process is given the whole video and returns the whole prediction, but its gradients of the
+    weights cover its own frames alone: their sum over processes is the gradient. n must divide T
+    and S. For the designs sequential and parallel.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import parallel as tp
+
+    whole, of_latents = Replicate(), Shard(2)  # frames of latents [B, C, T, H, W]
+    frames, patches = Shard(1), Shard(2)  # of tokens [B, T, S, D]
+    split = dict(input_layouts=whole, desired_input_layouts=of_latents)
+    gather = dict(output_layouts=of_latents, desired_output_layouts=whole)
+    exchange = dict(input_layouts=(frames, None), desired_input_layouts=(patches, None))  # x, pos
+    exchange |= dict(output_layouts=patches, desired_output_layouts=frames, use_local_input=True)
+    plan = {
+        "x_embedder": tp.PrepareModuleInput(**split, use_local_output=True),
+        "blocks.*.attn_temp": tp.PrepareModuleInputOutput(**exchange, use_local_output=True),
+        "final_layer": tp.PrepareModuleOutput(**gather, use_local_output=True),
+    }
+    tp.parallelize_module(model, mesh, plan)

@@ -18,196 +18,170 @@ import math
 import os
 import shutil
 import signal
-import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Iterator, Literal
 
 import torch
 import tyro
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import sample
-from data import UserError, keyed_generator, print0
-from stdit import MODELS, VARIANTS, STDiT
+from data import UserError, keyed_generator, print0, require
+from stdit import BLOCKS, MODELS, STDiT, set_up_scaling
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
 #
-# TrainConfig holds all options of a run and a preset is an instance of it. tyro turns the fields
-# into command-line options. The defaults are the toy's.
-
-
-# torch.compile needs a C++ compiler and Python's headers.
-HEADERS = Path(sysconfig.get_path("include"), "Python.h")
-HAS_COMPILER = sys.platform == "linux" and shutil.which("g++") is not None and HEADERS.exists()
+# TrainConfig holds all options of a run; tyro turns its fields into command-line options. Its
+# defaults are the first stage of Open-Sora v1; those of the command line are the preset's, without
+# --preset the toy's.
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = "toy"  # sets the defaults of all other options, see PRESETS in train.py
+    preset: str = "16x256x256"  # sets the defaults of all other options, see PRESETS in train.py
     resume: bool = False  # continue the run in --out with its options; if there is none, start one
-    out: str = ""  # folder of the run; default: out/PRESET
+    out: str | None = None  # folder of the run; None: out/PRESET
     # model
-    model: Literal[tuple(MODELS)] = "toy"  # size of the network, see MODELS in stdit.py
-    variant: Literal[VARIANTS] = "sequential"  # design of the block, see stdit.py
-    init: str = ""  # pretrained weights: run, folder of tools/convert_weights.py, or Hub name
-    space_scale: float = 0.0  # spatial position = index / scale; 0: sqrt(size * width) / 512
-    time_scale: float = 0.0  # temporal position = index / scale; 0: that of the model
+    model: Literal[tuple(MODELS)] = "STDiT-XL/2"  # size of the network, see MODELS in stdit.py
+    variant: Literal[tuple(BLOCKS)] = "sequential"  # design of the block, see BLOCKS in stdit.py
+    init: str | None = "weights/PixArt-XL-2-512x512"  # converted weights or a run; None: random
+    space_scale: float | None = None  # position = index / scale; None: sqrt(size * width) / 512
+    time_scale: float | None = None  # temporal position = index / scale; None: the model's
     trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: those named *_temp
     # data
-    data: str = "toy"  # toy, or a latent cache of data.py; 1 in 20 of its clips is held out
+    data: str | None = (
+        None  # toy, or a cache of data.py, of which 1 clip in 20, at most 64, is held out
+    )
     toy_clips: int = 2048  # training clips of the toy
-    frames: int = 8  # frames of a clip
-    size: int = 64  # height in pixels
-    width: int = 0  # width in pixels; 0: the height
-    stride: int = 1  # source frames per frame
+    frames: int = 16  # frames of a clip
+    size: int = 256  # height in pixels
+    width: int | None = None  # width in pixels; None: the height
+    stride: int = 3  # source frames per frame
     # optimization
-    steps: int = 4500  # optimizer steps
-    batch_size: int = 16  # clips per step, over all processes
-    micro_batch: int = 0  # clips per forward pass of a process; 0: its whole share
-    lr: float = 4e-3  # peak learning rate of AdamW; v1: 2e-5, from pretrained weights
-    warmup: int = 100  # steps of linear warm-up of the learning rate
-    cosine: bool = True  # cosine decay of the learning rate to 0; v1: constant
+    steps: int = 80_000  # optimizer steps
+    batch_size: int = 512  # clips per step, over all processes
+    micro_batch: int | None = 8  # clips per forward pass of a process; None: its whole share
+    lr: float = 2e-5  # peak learning rate of AdamW; the report found 1e-4 too large
+    warmup: int = 0  # steps of linear warm-up of the learning rate
+    cosine: bool = False  # cosine decay of the learning rate to 0; else it is constant
     weight_decay: float = 0.0  # AdamW's weight decay
-    beta2: float = 0.99  # AdamW's second beta
+    beta2: float = 0.999  # AdamW's second beta
     grad_clip: float = 1.0  # maximum norm of the gradient
-    ema_decay: float = 0.99  # exponential moving average of the weights; v1: 0.9999
+    ema_decay: float = 0.9999  # exponential moving average of the weights
     drop_caption: float = 0.1  # fraction of captions replaced by the null caption, for guidance
-    t_mean: float = 0.4  # timesteps are 1000 sigmoid(t_mean + t_std * normal)
-    t_std: float = 1.0  # 0: uniform timesteps, as in v1
-    min_snr: float = 0.03  # loss weights min(1, min_snr / SNR) (arXiv 2303.09556); v1: 0, none
+    t_std: float | None = None  # timesteps are 1000 sigmoid(t_mean + t_std * normal); None: uniform
+    t_mean: float = 0.0  # see t_std
+    min_snr: float | None = None  # loss weights min(1, min_snr / SNR), see loss_weights; None: 1
     seed: int = 0  # random seed
     # hardware
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # fp32; with bf16 autocast on CUDA
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
     sp: int = 1  # processes that share each video (sequence parallelism)
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # stdit.STDiTBlock
-    compile: bool = HAS_COMPILER  # torch.compile the blocks, where there is a C++ compiler
-    # output; an interval of 0 means: only at the end of the run
-    log_every: int = 50  # steps between lines of metrics.jsonl; losses are those of one step
+    activation_checkpointing: Literal["none", "selective", "full"] = "full"  # see set_up_scaling
+    compile: bool = True  # torch.compile the blocks
+    # output; 0 steps between means: only at the end of the run
+    log_every: int = 10  # steps between lines of metrics.jsonl; losses are those of one step
     eval_every: int = 500  # steps between validation losses
     sample_every: int = 1500  # steps between sample videos, always of the same captions and noise
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # number of newest checkpoints to keep; 0: all
     num_samples: int = 6  # sample videos to write (the toy generates more, to count); 0: none
-    sample_steps: int = 10  # denoising steps of sample videos; v1: 100
-    guidance: float = 3.0  # classifier-free guidance of sample videos; v1's configs: 7
-    guidance_min_t: int = 600  # use guidance only at timesteps >= this; v1: 0
+    sample_steps: int = 100  # denoising steps of sample videos
+    guidance: float = 7.0  # classifier-free guidance of sample videos
+    guidance_min_t: int = 0  # use guidance only at timesteps >= this
     output_fps: int = 8  # frames per second of sample videos
 
 
-# The stages of Open-Sora v1, each from the EMA weights of the one before, and one for a smaller
-# GPU. At stride 2 instead of 3, frames are 2/3 as far apart in time. Position = index / scale, so
-# the time scale is 3/2; v1 has the inverse, 2/3. At 512x512 pixels a micro-batch is one clip.
-V1 = TrainConfig(
-    model="STDiT-XL/2",
-    init="weights/PixArt-XL-2-512x512",
-    data="",
-    frames=16,
-    size=256,
-    stride=3,
-    steps=80_000,
-    batch_size=512,
-    micro_batch=8,
-    lr=2e-5,
-    warmup=0,
-    cosine=False,
-    beta2=0.999,
-    ema_decay=0.9999,
-    t_std=0.0,
-    min_snr=0.0,
-    activation_checkpointing="full",
-    log_every=10,
-    sample_steps=100,
-    guidance=7.0,
-    guidance_min_t=0,
+# The stages of v1, each from the EMA weights of the one before. At stride 2, frames are 2/3 as far
+# apart as at 3, and position = index / scale, so the time scale is 3/2 (v1 has 2/3, a mistake).
+STAGE1 = TrainConfig()
+STAGE2 = replace(STAGE1, init="out/16x256x256", steps=24_000)  # on clips of higher quality
+STAGE3 = replace(STAGE1, init="out/16x256x256-hq", size=512, steps=20_000, batch_size=128)
+STAGE3 = replace(STAGE3, micro_batch=1, activation_checkpointing="none")  # one clip fits in 80 GB
+STAGE4 = replace(STAGE3, init="out/16x512x512", frames=64, stride=2, time_scale=1.5, output_fps=12)
+STAGE4 = replace(STAGE4, activation_checkpointing="full")
+TOY = TrainConfig(
+    model="toy",
+    init=None,  # random weights, so a larger learning rate, and warm-up
+    lr=4e-3,
+    warmup=100,
+    cosine=True,  # a short run should end with small steps
+    beta2=0.99,  # averages over the last 100 steps, not 1000
+    ema_decay=0.99,
+    data="toy",
+    frames=8,
+    size=64,
+    stride=1,
+    steps=2000,
+    batch_size=16,
+    micro_batch=None,
+    t_std=1.0,  # fewer timesteps at the ends
+    t_mean=0.4,  # more large ones, where the content of a video is decided
+    min_snr=0.03,  # weights below 1 for t < 590, found by trial; the paper has 5
+    activation_checkpointing="none",
+    compile=False,  # on a CPU the toy's steps take as long compiled
+    log_every=50,
+    sample_steps=10,
+    guidance=3.0,
+    guidance_min_t=600,  # at small t guidance distorts the shapes
 )
-LARGE = replace(V1, size=512, steps=20_000, batch_size=128, micro_batch=1)
-LONG = replace(LARGE, frames=64, stride=2, time_scale=1.5, output_fps=12)
 PRESETS = {
-    "toy": TrainConfig(),
-    "16x256x256": V1,
-    "16x256x256-hq": replace(V1, init="out/16x256x256", steps=24_000),
-    "16x512x512": replace(LARGE, init="out/16x256x256-hq", activation_checkpointing="none"),
-    "64x512x512": replace(LONG, init="out/16x512x512"),
-    "16x256x256-24gb": replace(V1, trainable="temporal", batch_size=32, steps=20_000),
+    "toy": TOY,
+    "16x256x256": STAGE1,
+    "16x256x256-hq": STAGE2,
+    "16x512x512": STAGE3,
+    "64x512x512": STAGE4,
+    # for a GPU of 24 GB: the temporal attention alone is trained
+    "16x256x256-24gb": replace(STAGE1, trainable="temporal", batch_size=32, steps=20_000),
 }
+PRESETS = {name: replace(config, preset=name) for name, config in PRESETS.items()}
 
 
-def parse_command_line(argv=None):
-    """The TrainConfig of a command line. --preset, --out and --resume are parsed first, because
-    they determine the defaults: those of the preset, or of the run to resume.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="toy")
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--out")
-    args, _ = first.parse_known_args(argv)
-    out = args.out or f"out/{args.preset}"
-    default, checkpoint = replace(PRESETS[args.preset], out=out), sample.newest_checkpoint(out)
-    if args.resume and checkpoint:
-        stored = json.loads((checkpoint / "state.json").read_text())["config"]
-        default = replace(TrainConfig(**stored), out=out)
-    rank0 = os.environ.get("RANK", "0") == "0"
-    config = tyro.cli(
-        TrainConfig,
-        args=argv,
-        default=default,
-        description=__doc__.split("\n\nShapes")[0],
-        console_outputs=rank0,
+def derive(config):
+    """Replace the None of out, width and the two scales by their values."""
+    c = replace(config, width=config.width or config.size)
+    return replace(
+        c,
+        out=c.out or f"out/{c.preset}",
+        # The positions of 512x512 pixels, on which PixArt-alpha was trained, at any size.
+        space_scale=c.space_scale or math.sqrt(c.size * c.width) / 512,
+        time_scale=c.time_scale or MODELS[c.model].time_scale,
     )
-    if checkpoint and not args.resume:
-        raise UserError(f"{out} holds a run: continue it with --resume, or give another --out")
-    return config
 
 
 def model_config(config):
-    """The STDiTConfig of a run."""
-    model, width = MODELS[config.model], config.width or config.size
-    return replace(
-        model,
-        variant=config.variant,
-        space_scale=config.space_scale or math.sqrt(config.size * width) / 512,
-        time_scale=config.time_scale or model.time_scale,
-    )
+    """Return the STDiTConfig of a run."""
+    c = derive(config)
+    scales = dict(space_scale=c.space_scale, time_scale=c.time_scale)
+    return replace(MODELS[c.model], variant=c.variant, **scales)
 
 
 # ---------------------------------------------------------------------------------------------
-# Data
+# Samples and draws
 #
-# Training samples form an endless stream; a position is the global index of a sample in it. Step s
-# takes positions s * batch_size to (s + 1) * batch_size - 1, shared among processes. The position
-# determines everything random about a sample: clip (a new permutation every epoch), timestep,
-# noise, dropped caption. So any number of processes, and a resumed run, see the same samples. There
-# is no DataLoader with workers: a clip is one small file (16x256x256: 0.4 ms to read).
-
-
-@lru_cache(maxsize=2)
-def permutation(seed, n, epoch):
-    return torch.randperm(n, generator=keyed_generator(seed, "order", epoch)).tolist()
-
-
-def positions_of_step(config, step, distributed):
-    """The positions of a step's samples on this process: a range for each of its micro-batches."""
-    d = distributed
-    B = config.micro_batch or config.batch_size // d.dp_size
-    first = step * config.batch_size + d.dp_rank * B
-    end = (step + 1) * config.batch_size
-    return [range(i, i + B) for i in range(first, end, B * d.dp_size)]
+# Training samples form an endless stream, and each has an index in it. Step s takes the indices
+# s * batch_size to (s + 1) * batch_size - 1, shared among processes. All that is random about a
+# sample follows from its index: its clip (in a new order every epoch), timestep, noise, and whether
+# its caption is dropped. So any number of processes, and a resumed run, see the same samples.
 
 
 class Stream:
-    """An endless stream of samples: the rows of a LatentCache, in a new order every epoch."""
+    """An endless stream of clips: the rows of a LatentCache, in a new order every epoch."""
 
     def __init__(self, cache, rows, seed):
         self.cache, self.rows, self.seed = cache, rows, seed
@@ -215,13 +189,63 @@ class Stream:
     def __len__(self):
         return len(self.rows)
 
-    def batch(self, positions, device):
-        """The samples at these positions: x0 [B, C, T, H, W], y [B, L, E], mask [B, L]."""
-        samples = []
-        for position in positions:
-            epoch, i = divmod(position, len(self.rows))
-            samples.append(self.cache[self.rows[permutation(self.seed, len(self.rows), epoch)[i]]])
-        return [to_device(v, device) for v in default_collate(samples)]
+    def batch(self, indices):
+        """Read the clips at these indices: x0 [B, C, T, H, W], y [B, L, E], mask [B, L]."""
+        rows = []
+        for index in indices:
+            epoch, i = divmod(index, len(self.rows))
+            rows.append(self.rows[permutation(self.seed, len(self.rows), epoch)[i]])
+        return default_collate([self.cache[row] for row in rows])
+
+
+@lru_cache(maxsize=4)  # a batch may reach into the next epoch
+def permutation(seed, n, epoch):
+    return torch.randperm(n, generator=keyed_generator(seed, "order", epoch)).tolist()
+
+
+def draw(rand, seed, purpose, keys, *shape):
+    """Draw once per key with rand, which is torch.rand or torch.randn: [B, *shape]."""
+    generators = [keyed_generator(seed, purpose, key) for key in keys]
+    return torch.stack([rand(shape, generator=g) for g in generators])
+
+
+def draw_timesteps(config, indices):
+    """Draw timesteps [B], 0 to 999: uniform, or logit-normal (arXiv 2403.03206)."""
+    if config.t_std is None:
+        u = draw(torch.rand, config.seed, "timestep", indices)
+    else:
+        normal = draw(torch.randn, config.seed, "timestep", indices)
+        u = torch.sigmoid(config.t_mean + config.t_std * normal)
+    return (1000 * u).long().clamp(max=999)
+
+
+def training_batch(config, stream, indices):
+    """Return what a training step needs, on the CPU: x0 [B, C, T, H, W], y [B, L, E], mask [B, L],
+    timesteps [B], noise [B, C, T, H, W], and drop [B], True where a caption is dropped.
+    """
+    x0, y, mask = stream.batch(indices)
+    t = draw_timesteps(config, indices)
+    noise = draw(torch.randn, config.seed, "noise", indices, *x0.shape[1:])
+    drop = draw(torch.rand, config.seed, "drop", indices) < config.drop_caption
+    return x0, y, mask, t, noise, drop
+
+
+def indices_from(step, batch_size, B, dp_rank, dp_size):
+    """Yield the indices of each micro-batch of a process, from a step on. With batch_size 8, B 2
+    and 2 processes, rank 0 gets 0-1 and 4-5, rank 1 gets 2-3 and 6-7, then 8-9 and so on.
+    """
+    for first in count(step * batch_size + dp_rank * B, batch_size):
+        yield from (range(i, i + B) for i in range(first, first + batch_size, B * dp_size))
+
+
+def prefetch(read, keys):
+    """Yield read(key) for each of endlessly many keys; a thread reads the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(read, next(keys))
+        for key in keys:
+            result = pending.result()
+            pending = pool.submit(read, key)
+            yield result
 
 
 def to_device(tensor, device):
@@ -231,124 +255,189 @@ def to_device(tensor, device):
     return tensor.to(device)
 
 
-def toy_caches(config, distributed):
-    """Make the toy's two caches next to the run's folder, or check those that exist. Returns their
-    paths, for training and validation.
-    """
-    c, d, model = config, distributed, MODELS[config.model]
-    if c.stride != 1 or c.width not in (0, c.size):
-        raise UserError("the toy has --stride 1 and square frames: drop --stride and --width")
-    vae = data.VAE("assets/vae")
-    vae.check_size(c.frames, c.size, c.size, model.patch_size)
-    t5 = data.T5("assets/t5", model.caption_length)
-    paths = []
-    for split, clips in (("train", c.toy_clips), ("validation", 2 * len(data.TRIPLES))):
-        path = Path(c.out).parent / f"toy-{split}-{clips}x{c.frames}x{c.size}"
-        data.write_cache(data.Toy(split, clips, c.frames, c.size), path, vae, t5, d)
-        paths.append(path)
-    return paths
-
-
-def open_cache(path, config):
-    """The LatentCache at `path`; UserError if it does not fit the config."""
-    if not path or not (Path(path) / "index.json").is_file():
-        raise UserError(f"--data {path!r} is not a latent cache: make one with data.py")
-    cache, c, model = data.LatentCache(path), config, MODELS[config.model]
-    needed = dict(frames=c.frames, size=c.size, width=c.width or c.size, stride=c.stride)
-    needed |= dict(caption_length=model.caption_length, caption_channels=model.caption_channels)
-    found = {name: cache.settings[name] for name in needed}
-    if found != needed:
-        raise UserError(f"the cache {path} has {found}, the run needs {needed}")
-    return cache
-
-
-def open_data(config, distributed):
-    """The training and the validation Stream."""
-    if config.data == "toy":
-        caches = [open_cache(path, config) for path in toy_caches(config, distributed)]
-        return [Stream(cache, range(len(cache)), config.seed) for cache in caches]
-    cache = open_cache(config.data, config)
-    order = permutation(0, len(cache), epoch=-1)  # the same for every seed
-    held_out = min(len(cache) // 20, 64)
-    validation_rows = order[:held_out] or order  # with fewer than 20 clips: the training clips
-    return [Stream(cache, rows, config.seed) for rows in (order[held_out:], validation_rows)]
-
-
-# ---------------------------------------------------------------------------------------------
-# Random draws, each a function of the seed and the sample's position in the stream
-
-
-def draw(random, config, purpose, keys, *shape):
-    """One draw per key from random, torch.rand or torch.randn: [B, *shape]."""
-    generators = [keyed_generator(config.seed, purpose, key) for key in keys]
-    return torch.stack([random(shape, generator=g) for g in generators])
-
-
-def draw_timesteps(config, positions):
-    """Timesteps t [B], 0 to 999: logit-normal (arXiv 2403.03206), or uniform if t_std is 0.
-
-    They are a low-discrepancy sequence: multiples of the golden ratio, modulo 1, are spread evenly
-    over any range of positions, so the mean loss of a batch varies less from step to step.
-    """
-    start = torch.rand((), generator=keyed_generator(config.seed, "timesteps")).item()
-    u = torch.tensor([(start + p * 0.6180339887498949) % 1 for p in positions])  # [B]
-    if config.t_std > 0:
-        u = torch.sigmoid(config.t_mean + config.t_std * torch.special.ndtri(u))
-    return (1000 * u).long().clamp(max=999)
-
-
 # ---------------------------------------------------------------------------------------------
 # The training step
 
 
-def training_loss(config, model, null, batch, positions):
-    """The loss of a batch, [3]: the loss to minimize, the mean MSE and the mean VLB. model: wrapped
-    in DDP if there are several processes. null [L, E]: its null caption.
+@dataclass
+class Run:
+    """The state of a run on one process."""
+
+    config: TrainConfig
+    distributed: data.Distributed
+    training: Stream
+    validation: Stream
+    model: STDiT  # to be trained
+    ddp_model: torch.nn.Module  # the same, wrapped in DDP if there are several processes
+    ema: STDiT  # moving average of its weights
+    optimizer: torch.optim.Optimizer
+    schedule: sample.Schedule  # on the device
+    step: int  # optimizer steps done
+    micro_batches: int  # forward passes per step on this process
+    batches: Iterator  # results of training_batch
+    vae: data.VAE | None  # to decode sample videos
+
+
+def train_step(run):
+    """Do one optimizer step. Returns the means of loss, MSE and VLB over the process's samples of
+    the step, [3], and the norm of the gradient.
     """
-    x0, y, mask = batch  # [B, C, T, H, W], [B, L, E], [B, L]
-    device = x0.device
-    t = to_device(draw_timesteps(config, positions), device)  # [B]
-    noise = to_device(draw(torch.randn, config, "noise", positions, *x0.shape[1:]), device)
-    drop = draw(torch.rand, config, "drop", positions) < config.drop_caption  # [B]
-    y, mask = sample.drop_captions(y, mask, to_device(drop, device), null)
-    schedule = schedule_on(device)
-    x_t = sample.q_sample(schedule, x0, t, noise)
-    out = model(x_t, t, y, mask)  # [B, 2C, T, H, W]
-    losses = sample.diffusion_loss(schedule, out, x0, x_t, t, noise)  # [B] each
-    loss = loss_weights(config, t) * (losses["mse"] + losses["vlb"])  # [B]
-    return torch.stack([loss.mean(), losses["mse"].mean(), losses["vlb"].mean()])
+    c = run.config
+    losses = torch.zeros(3, device=run.distributed.device)
+    for k in range(run.micro_batches):
+        batch = [to_device(tensor, run.distributed.device) for tensor in next(run.batches)]
+        # DDP averages gradients over processes in the backward pass of the last micro-batch only.
+        no_sync = run.ddp_model is not run.model and k < run.micro_batches - 1
+        with run.ddp_model.no_sync() if no_sync else nullcontext():
+            loss_mse_vlb = training_loss(run, *batch) / run.micro_batches  # [3]
+            # The sp processes that share a video have gradients of different frames. Their sum is
+            # needed, not DDP's mean.
+            (loss_mse_vlb[0] * c.sp).backward()
+        losses += loss_mse_vlb.detach()
+    params = [p for p in run.model.parameters() if p.requires_grad]
+    grad_norm = clip_grad_norm_(params, c.grad_clip).item()  # waits for the GPU
+    if math.isfinite(grad_norm):  # the same on all processes, as DDP has averaged
+        run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
+        run.optimizer.step()
+        update_ema(c, run.step, run.ema, run.model)
+    else:
+        print0(f"step {run.step + 1}: skipped, its gradient norm is {grad_norm}")
+    run.optimizer.zero_grad(set_to_none=False)  # gradients are views of DDP's buckets
+    return losses, grad_norm
 
 
-@lru_cache(maxsize=4)
-def schedule_on(device):
-    return sample.TRAIN_SCHEDULE.to(device)
-
-
-def loss_weights(config, t):
-    """Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4, prediction of
-    noise). The content of a video is decided at large t, where the loss without weights is hundreds
-    of times smaller than at small t. The paper uses min_snr = 5; 0.03 was found on the toy.
+def training_loss(run, x0, y, mask, t, noise, drop):
+    """Return [3]: the loss to minimize, the mean MSE and the mean VLB. x0, noise [B, C, T, H, W];
+    y [B, L, E]; mask [B, L]; t [B]; drop [B], True where the caption is dropped.
     """
-    schedule = schedule_on(t.device)
+    y, mask = drop_captions(y, mask, drop, run.model.y_embedder.y_embedding)
+    x_t = sample.q_sample(run.schedule, x0, t, noise)
+    out = run.ddp_model(x_t, t, y, mask)  # [B, 2C, T, H, W]
+    terms = sample.diffusion_loss(run.schedule, out, x0, x_t, t, noise)  # [B] each
+    loss = loss_weights(run.config, run.schedule, t) * (terms["mse"] + terms["vlb"])  # [B]
+    return torch.stack([loss.mean(), terms["mse"].mean(), terms["vlb"].mean()])
+
+
+def drop_captions(y, mask, drop, null):
+    """Replace captions by the null caption. y [B, L, E]; mask [B, L] bool; drop [B] bool; null
+    [L, E]. Returns the new (y, mask).
+
+    The null caption is not masked. v1 keeps the mask of the replaced caption, so there "no caption"
+    depends on that caption's length.
+    """
+    return torch.where(drop[:, None, None], null, y), mask | drop[:, None]
+
+
+def loss_weights(config, schedule, t):
+    """Return Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4,
+    prediction of noise). The content of a video is decided at large t, where the loss is hundreds
+    of times smaller than at small t (see the validation losses of a run).
+    """
     snr = (schedule.alpha[t] / schedule.sigma[t]).square()  # [B]
     return (config.min_snr / snr).clamp(max=1) if config.min_snr else torch.ones_like(snr)
 
 
 def learning_rate(config, step):
-    """Linear warm-up, then constant or half-cosine decay to 0."""
+    """Return the learning rate: linear warm-up, then constant or half-cosine decay to 0."""
     decay = 0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.cosine else 1.0
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * decay
 
 
 @torch.no_grad()
 def update_ema(config, step, ema, model):
-    """ema = decay * ema + (1 - decay) * weights. After n steps the decay is (1 + n) / (10 + n), but
-    at most ema_decay, so that the initial weights are soon forgotten.
+    """Set ema = decay * ema + (1 - decay) * weights. In the n-th step the decay is
+    (1 + n) / (10 + n), at most ema_decay, so that the initial weights are soon forgotten.
     """
-    decay = min(config.ema_decay, (2 + step) / (11 + step))
-    for average, p in zip(ema.parameters(), model.parameters()):
-        if p.requires_grad:
-            average.lerp_(p, 1 - decay)
+    n = step + 1
+    decay = min(config.ema_decay, (1 + n) / (10 + n))
+    pairs = [(a, p) for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    averages, weights = zip(*pairs)
+    torch._foreach_lerp_(averages, weights, 1 - decay)  # all of them in a few kernels
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+stop_requested = False
+
+
+def train(config, distributed=data.Distributed()):
+    """Train from the first step, or from the newest checkpoint, to the last."""
+    begin = time.time()
+    run = start_run(config, distributed)
+    c = run.config
+    bar = tqdm(total=c.steps, initial=run.step, disable=None if distributed.rank == 0 else True)
+    start, timed_steps, seconds = run.step, 0, 0.0
+
+    def due(every):
+        return run.step >= c.steps or (run.step > 0 and every > 0 and run.step % every == 0)
+
+    while True:
+        # Saving comes first, because a process that has to stop may have little time.
+        flag = torch.tensor(int(stop_requested), device=distributed.device)
+        stop = data.all_reduce_sum(flag).item() > 0  # on any process
+        if run.step > start and (stop or due(c.save_every)):
+            save_checkpoint(run)
+        if stop:
+            saved = f"continue with --resume --out {c.out}" if run.step else "no checkpoint"
+            print0(f"stopped after step {run.step}; {saved}")
+            return
+        if due(c.eval_every):
+            evaluate(run)
+        if c.num_samples and due(c.sample_every):
+            write_samples(run)
+        if run.step >= c.steps:
+            break
+
+        clock = time.time()
+        losses, grad_norm = train_step(run)
+        run.step += 1
+        timed_steps += 1
+        seconds += time.time() - clock
+        bar.update()
+        if due(c.log_every):
+            log_step(run, losses, grad_norm, timed_steps * c.batch_size / seconds)
+            timed_steps, seconds = 0, 0.0
+    bar.close()
+    data.barrier()
+    print0(f"{c.out}: checkpoints, metrics.jsonl, loss.png, samples; {time.time() - begin:.0f} s")
+
+
+PEAK = {"A100": 312e12, "H100": 990e12, "H200": 990e12, "B200": 2250e12}  # FLOP/s, dense bf16
+
+
+def log_step(run, losses, grad_norm, clips_per_second):
+    """Print the losses of this step, averaged over processes, and writes them to metrics.jsonl. On
+    CUDA also tokens per second, the share of the GPUs' peak rate and memory.
+    """
+    c, d = run.config, run.distributed
+    loss, mse, vlb = (data.all_reduce_sum(losses) / d.world_size).tolist()
+    line = dict(step=run.step, loss=loss, mse=mse, vlb=vlb, grad_norm=grad_norm)
+    line |= dict(lr=learning_rate(c, run.step - 1), clips_per_second=clips_per_second)
+    minutes = (c.steps - run.step) * c.batch_size / clips_per_second / 60
+    speed = f"{clips_per_second:.1f} clips/s  about {minutes:.0f} min left"
+    if d.device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+        peak = d.world_size * next((v for k, v in PEAK.items() if k in name), math.nan)
+        tokens, flop = (clips_per_second * cost for cost in cost_of_clip(c))  # per second
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        line |= dict(tokens_per_second=tokens, share_of_peak=flop / peak, memory_gb=memory)
+        speed += f"  {tokens:,.0f} tokens/s  {flop / peak:.1%} of peak  {memory:.1f} GB"
+    print0(f"step {run.step} of {c.steps}  loss {loss:.4f}  {speed}")
+    if d.rank == 0:
+        write_metrics(c.out, line)
+
+
+@lru_cache(maxsize=1)
+def cost_of_clip(config):
+    """Return the tokens of a clip, and the FLOP of its forward and backward pass if all weights
+    are trained.
+    """
+    m, (T, H, W) = model_config(config), (config.frames, config.size // 8, config.width // 8)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        y = torch.empty(1, m.caption_length, m.caption_channels)
+        STDiT(m)(torch.empty(1, m.in_channels, T, H, W), torch.empty(1), y)
+    return T * H * W // math.prod(m.patch_size), 3 * counter.get_total_flops()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -357,111 +446,113 @@ def update_ema(config, step, ema, model):
 # The mean loss over t says little, because it comes mostly from small t. Three other measures show
 # progress: the validation loss in four bins of t, with fixed noise; sample videos, always of the
 # same captions and noise; and, on the toy, the number of videos that match their caption according
-# to data.detect.
+# to data.detect. All three use the EMA weights.
+
+
+def evaluate(run):
+    """Print the validation loss, writes it to metrics.jsonl and plots it."""
+    losses = validation_loss(run)
+    text = "  ".join(f"{loss:.4f}" for loss in losses)
+    print0(f"step {run.step}  validation loss by t: {text}")
+    if run.distributed.rank == 0:
+        write_metrics(run.config.out, {"step": run.step, "validation": losses})
+        plot_losses(run.config.out)
 
 
 @torch.no_grad()
-def validation_loss(config, model, stream, distributed):
-    """Mean squared error of the noise on at most 64 validation clips: 4 numbers, for t in 0-249,
-    250-499, 500-749, 750-999. Clips are shared among processes.
+def validation_loss(run):
+    """Return the mean squared error of the noise on at most 64 validation clips: 4 numbers, for t
+    in 0-249, 250-499, 500-749, 750-999. Clips are shared among processes.
     """
-    d, sums = distributed, torch.zeros(4, dtype=torch.float64)
-    clips, size = min(64, len(stream)), config.micro_batch or 8
-    share = range(clips)[d.rank :: d.world_size]  # of this process
-    for start in range(0, len(share), size):
-        positions = share[start : start + size]
-        x0, y, mask = stream.batch(positions, d.device)
+    c, d = run.config, run.distributed
+    sums = torch.zeros(4, dtype=torch.float64)
+    rows = run.validation.rows[:64]
+    share = rows[d.rank :: d.world_size]  # of this process
+    B = c.micro_batch or 8
+    for keys in (share[i : i + B] for i in range(0, len(share), B)):
+        batch = default_collate([run.validation.cache[row] for row in keys])
+        x0, y, mask = (to_device(tensor, d.device) for tensor in batch)
         for b in range(4):
-            keys = [("validation", p, b) for p in positions]
-            t = 250 * b + (250 * draw(torch.rand, config, "t", keys)).long().to(d.device)
-            noise = draw(torch.randn, config, "noise", keys, *x0.shape[1:]).to(d.device)
-            x_t = sample.q_sample(schedule_on(d.device), x0, t, noise)
-            eps, _ = model(x_t, t, y, mask).chunk(2, dim=1)
+            u = draw(torch.rand, c.seed, f"validation t {b}", keys)
+            t = (250 * b + (250 * u).long()).to(d.device)
+            noise = draw(torch.randn, c.seed, f"validation noise {b}", keys, *x0.shape[1:])
+            noise = noise.to(d.device)
+            x_t = sample.q_sample(run.schedule, x0, t, noise)
+            eps, _ = run.ema(x_t, t, y, mask).chunk(2, dim=1)
             sums[b] += (eps - noise).square().flatten(1).mean(1).sum().item()
-    return (data.all_reduce_sum(sums) / clips).tolist()
+    return (data.all_reduce_sum(sums) / len(rows)).tolist()
+
+
+def write_samples(run):
+    """Generate sample videos, shared among processes, and writes the first num_samples as a
+    contact sheet and next to each other as a GIF, or above 128 pixels as an MP4.
+    """
+    c, d, validation = run.config, run.distributed, run.validation
+    rows = sample_rows(c, validation, run.step == c.steps)
+    captions = [validation.cache.captions[row] for row in rows]
+    keys = sample.video_keys(c.seed, captions)
+    share = slice(d.rank, None, d.world_size)  # of this process
+    videos = []
+    if rows[share]:
+        x0, y, mask = default_collate([validation.cache[row] for row in rows[share]])  # x0: shape
+        options = dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
+        options |= dict(batch_size=c.micro_batch or 32, steps=c.sample_steps, sampler="ddpm")
+        videos = sample.generate(run.ema, run.vae, y, mask, keys[share], x0.shape[1:], **options)
+    shares = data.all_gather(videos)
+    if d.rank == 0:
+        videos = [shares[i % d.world_size][i // d.world_size] for i in range(len(rows))]
+        shown = videos[: c.num_samples]
+        path = Path(c.out) / "samples" / f"step_{run.step:08d}"
+        sample.write_sheet(path.with_suffix(".png"), shown, captions)
+        suffix = ".gif" if c.size <= 128 else ".mp4"
+        write = sample.write_gif if c.size <= 128 else sample.write_video
+        write(path.with_suffix(suffix), torch.cat(shown, dim=-1), c.output_fps)
+        line = {"step": run.step, "samples": str(path.with_suffix(suffix))}
+        write_metrics(c.out, line | (evaluate_toy(captions, videos) if c.data == "toy" else {}))
+    data.barrier()
 
 
 def sample_rows(config, validation, last):
-    """Rows of the validation cache whose captions are sampled: the first num_samples. On the toy
-    one row per caption, unseen ones first; after the last step 2 videos per seen caption and 8 per
-    unseen one.
+    """Which validation captions to generate videos for, as rows of the cache: the first
+    num_samples. On the toy, where row i has caption i, all of them, unseen ones first; after the
+    last step 2 videos per seen caption and 8 per unseen one.
     """
     if config.data != "toy":
         return validation.rows[: config.num_samples]
-    unseen = [data.TRIPLES.index(triple) for triple in data.UNSEEN]
-    seen = [data.TRIPLES.index(triple) for triple in data.SEEN]
+    unseen = [data.LABELS.index(label) for label in data.UNSEEN]
+    seen = [data.LABELS.index(label) for label in data.SEEN]
     return 2 * (unseen + seen) + 6 * unseen if last else unseen + seen
 
 
 def evaluate_toy(captions, videos):
-    """{"accuracy": {"seen": [matches, videos], "unseen": the same}, "crispness": the means of
-    data.crispness over the videos that match their captions, None if no video does}.
+    """Count the videos that match their captions: {"accuracy": {"seen": [matches, videos],
+    "unseen": the same}, "quality": means of data.shape_quality over the matching videos, or None}.
     """
-    triples = {data.caption_of(triple): triple for triple in data.TRIPLES}
-    accuracy, crispness = {"seen": [0, 0], "unseen": [0, 0]}, []
+    labels = {data.caption_of(label): label for label in data.LABELS}
+    accuracy, quality = {"seen": [0, 0], "unseen": [0, 0]}, []
     for caption, video in zip(captions, videos):
-        triple = triples[caption]
-        count = accuracy["unseen" if triple in data.UNSEEN else "seen"]
-        count[1] += 1
-        if data.detect(video) == triple:
-            count[0] += 1
-            crispness.append(data.crispness(video, triple))
-    means = torch.tensor(crispness).nanmean(0).tolist() if crispness else None
-    return {"accuracy": accuracy, "crispness": means}
-
-
-def write_samples(config, step, ema, vae, validation):
-    """Generate sample videos and write the first num_samples as GIF and contact sheet. Returns
-    their line of metrics.jsonl.
-    """
-    from torchvision.utils import make_grid
-
-    rows = sample_rows(config, validation, step == config.steps)
-    captions = [validation.cache.captions[row] for row in rows]
-    x0, y, mask = default_collate([validation.cache[row] for row in rows])
-    keys, batch_size = sample.video_keys(config.seed, captions), config.micro_batch or 32
-    options = dict(guidance=config.guidance, guidance_min_t=config.guidance_min_t)
-    options |= dict(steps=config.sample_steps, sampler="ddpm")
-    videos = sample.generate(ema, vae, y, mask, keys, x0.shape[1:], batch_size, **options)
-    shown = videos[: config.num_samples]
-    grid = torch.stack([make_grid(frames, nrow=3) for frames in torch.stack(shown, dim=1)])
-    path = Path(config.out) / "samples" / f"step_{step:08d}"
-    data.write_gif(path.with_suffix(".gif"), grid, config.output_fps)
-    data.write_sheet(path.with_suffix(".png"), shown, captions)
-    metrics = evaluate_toy(captions, videos) if config.data == "toy" else {}
-    for name, (matches, count) in metrics.get("accuracy", {}).items():
-        print0(f"step {step}  {matches} of {count} videos match {name} captions")
-    return {"step": step, "samples": f"{path}.gif"} | metrics
+        label = labels[caption]
+        counts = accuracy["unseen" if label in data.UNSEEN else "seen"]
+        counts[1] += 1
+        if data.detect(video) == label:
+            counts[0] += 1
+            quality.append(data.shape_quality(video, label))
+    for name, (matches, n) in accuracy.items():
+        print0(f"{matches} of {n} videos match {name} captions")
+    means = torch.tensor(quality).nanmean(0).tolist() if quality else None
+    return {"accuracy": accuracy, "quality": means}
 
 
 def read_metrics(out):
-    """The lines of a run's metrics.jsonl. After a crash it has the lines after the last checkpoint
-    twice, on the CPU with the same losses.
-    """
-    text = (Path(out) / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    """Return the complete lines of a run's metrics.jsonl."""
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write_metrics(out, line):
-    """Append a line to metrics.jsonl. JSON has no NaN and no infinity: they become null."""
-    line = json.loads(json.dumps(line), parse_constant=lambda constant: None)
+    """Append a line to metrics.jsonl."""
     with open(Path(out) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def log_step(config, step, losses, grad_norm, clips_per_second, distributed):
-    """Average the losses of this step over processes, print them, write them to metrics.jsonl."""
-    c, d = config, distributed
-    loss, mse, vlb = (data.all_reduce_sum(losses) / d.world_size).tolist()
-    minutes = (c.steps - step) * c.batch_size / clips_per_second / 60
-    speed = f"{clips_per_second:.1f} clips/s  about {minutes:.0f} min left"
-    print0(f"step {step} of {c.steps}  loss {loss:.4f}  {speed}")
-    line = dict(step=step, loss=loss, mse=mse, vlb=vlb, grad_norm=grad_norm)
-    line |= dict(lr=learning_rate(c, step - 1), clips_per_second=clips_per_second)
-    if d.device.startswith("cuda"):
-        line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if d.rank == 0:
-        write_metrics(c.out, line)
 
 
 def plot_losses(out):
@@ -471,7 +562,7 @@ def plot_losses(out):
     lines, figure = read_metrics(out), Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="step", ylabel="mean squared error of the noise", yscale="log")
-    train = {m["step"]: m["mse"] for m in lines if m.get("mse") is not None}
+    train = {m["step"]: m["mse"] for m in lines if "mse" in m}
     axes.plot(*zip(*train.items()), color="0.8", label="training, single steps")
     validation = {m["step"]: m["validation"] for m in lines if "validation" in m}
     labels = [f"validation, t {b}-{b + 249}" for b in range(0, 1000, 250)]
@@ -486,38 +577,51 @@ def plot_losses(out):
 # A checkpoint is a folder that sample.py and --init read: config.json, model.safetensors (the EMA
 # weights) and sample.json. To resume, training.pt has the weights and the optimizer's state, and
 # state.json the rest. No generator state and no data position are saved: every draw is keyed on the
-# position in the stream, which follows from the step.
+# index in the stream, which follows from the step.
 
 
-def save_checkpoint(config, step, model, ema, optimizer, cache):
-    """Write out/checkpoints/step_N atomically; delete all but the newest keep_checkpoints."""
-    c = config
-    vae, t5 = cache.encoders  # names of their sources
-    settings = dict(vae=vae, t5=t5, frames=c.frames, size=c.size, width=c.width or c.size)
-    settings |= dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
-    settings |= dict(output_fps=c.output_fps)
-    training = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-    state = dict(step=step, config=asdict(c), data=cache.settings)
-    folder = Path(c.out) / "checkpoints" / f"step_{step:08d}"
-    tmp = folder.with_name("tmp")
-    shutil.rmtree(tmp, ignore_errors=True)  # left by an interrupted save
-    ema.save_pretrained(tmp)
-    data.write_json(tmp / "sample.json", settings)
-    torch.save(training, tmp / "training.pt")
-    data.write_json(tmp / "state.json", state)
-    os.replace(tmp, folder)
-    for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:
-        shutil.rmtree(old)
+def save_checkpoint(run):
+    """Write out/checkpoints/step_N beside the others and renames it, so that it is never
+    half-written. Deletes all but the newest keep_checkpoints. Rank 0 does; the others wait.
+    """
+    c = run.config
+    if run.distributed.rank == 0:
+        vae, t5 = run.training.cache.encoders  # names of their sources
+        settings = dict(vae=vae, t5=t5)
+        for name in ("frames", "size", "width", "guidance", "guidance_min_t", "output_fps"):
+            settings[name] = getattr(c, name)
+        training = dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict())
+        state = dict(step=run.step, config=asdict(c), data=run.training.cache.settings)
+        folder = Path(c.out) / "checkpoints" / f"step_{run.step:08d}"
+        tmp = folder.with_name("tmp")
+        shutil.rmtree(tmp, ignore_errors=True)  # left by an interrupted save
+        run.ema.save_pretrained(tmp)
+        data.write_json(tmp / "sample.json", settings)
+        torch.save(training, tmp / "training.pt")
+        data.write_json(tmp / "state.json", state)
+        os.replace(tmp, folder)
+        for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:  # none if 0
+            shutil.rmtree(old)
+    data.barrier()
 
 
 def load_checkpoint(folder, model, ema, optimizer, data_settings):
-    """Load the state of a run. Returns its step."""
+    """Load the state of a run and returns its step. UserError if its data, network or trainable
+    weights were others. The options of the optimizer may be new.
+    """
     state = json.loads((folder / "state.json").read_text())
-    if state["data"] != data_settings:
-        raise UserError(f"{folder} was trained on other data: resume with the same, or use --init")
+    found = state["data"], json.loads((folder / "config.json").read_text())
+    expected = data_settings, json.loads(json.dumps(asdict(model.config)))
+    for old, new, name in zip(found, expected, ("data", "options of the network")):
+        changed = [f"{k} {old.get(k)}" for k in new if old.get(k) != new[k]]
+        other = f"{folder} was trained with other {name} ({', '.join(changed)})"
+        require(not changed, f"{other}: resume with the same, or use --init")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+    params = training["optimizer"]["param_groups"][0]["params"], optimizer.param_groups[0]["params"]
+    same = len(params[0]) == len(params[1])
+    require(same, f"{folder} trained other weights: resume with its --trainable, or use --init")
     model.load_state_dict(training["model"])
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}  # may be new
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     optimizer.load_state_dict(training["optimizer"])
     optimizer.param_groups[0].update(options)
     ema.load_state_dict(load_file(folder / "model.safetensors"))
@@ -527,21 +631,79 @@ def load_checkpoint(folder, model, ema, optimizer, data_settings):
 # ---------------------------------------------------------------------------------------------
 # Setup
 
-stop_requested = False
+
+def start_run(config, distributed):
+    """Open the data, creates or loads the model, and sets up several processes."""
+    c, d = derive(config), distributed
+    check_options(c, d)
+    training, validation = open_data(c, d)
+    model, ema, optimizer, step = create_model(c, d.device, training.cache.settings)
+    steps = data.all_gather(step)
+    require(len(set(steps)) == 1, f"ranks would start at steps {steps}: --out must be shared")
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print0(f"{c}\n{model.config}\n{parameters:,} trainable parameters")
+    print0(f"{len(training)} clips, {len(validation)} for validation")
+    print0(f"{d.world_size} process(es) on {d.device}")
+    if d.rank == 0:
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+        lines = read_metrics(c.out) if step else []  # those that will not be written again
+        lines = [m for m in lines if m["step"] < step or m["step"] == step and "loss" in m]
+        (Path(c.out) / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+
+    dp_size = d.world_size // c.sp
+    B = c.micro_batch or c.batch_size // dp_size
+    ddp_model, sp_mesh = model, None
+    if c.sp > 1:  # sp consecutive ranks share each video
+        names = ("dp", "sp")
+        mesh = init_device_mesh(d.device.split(":")[0], (dp_size, c.sp), mesh_dim_names=names)
+        sp_mesh = mesh["sp"]
+    set_up_scaling(model, c.activation_checkpointing, c.compile, sp_mesh)
+    if d.world_size > 1:
+        # Blocks are compiled one by one, so DDP need not split graphs to reduce gradients early.
+        torch._dynamo.config.optimize_ddp = False
+        options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+        ddp_model = DistributedDataParallel(model, **options)
+    indices = indices_from(step, c.batch_size, B, d.rank // c.sp, dp_size)
+    return Run(
+        config=c,
+        distributed=d,
+        training=training,
+        validation=validation,
+        model=model,
+        ddp_model=ddp_model,
+        ema=ema,
+        optimizer=optimizer,
+        schedule=sample.TRAIN_SCHEDULE.to(d.device),
+        step=step,
+        micro_batches=c.batch_size // (B * dp_size),
+        batches=prefetch(lambda i: training_batch(c, training, i), indices),
+        vae=data.VAE(training.cache.encoders[0], d.device) if c.num_samples else None,
+    )
 
 
-def request_stop(number, frame):
-    """Handler of SIGTERM and Ctrl-C: the run finishes its step, saves and stops. The next Ctrl-C
-    stops it immediately.
-    """
-    global stop_requested
-    stop_requested = True
-    print0("stopping after the current step; Ctrl-C again stops at once, without saving")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def check_options(config, distributed):
+    """Raise UserError for options that do not fit each other, before anything is made."""
+    c, n = config, distributed.world_size
+    require(c.sp >= 1 and n % c.sp == 0, f"sp={c.sp} must divide the {n} process(es)")
+    unit = n // c.sp * (c.micro_batch or 1)
+    expected = f"expected a multiple of {unit} (processes / sp x micro_batch)"
+    require(c.batch_size % unit == 0, f"batch_size={c.batch_size}: {expected}")
+    pt, ph, pw = MODELS[c.model].patch_size
+    sizes = c.frames // pt, (c.size // 8 // ph) * (c.width // 8 // pw)
+    found = f"sp={c.sp} with {sizes[0]} frames and {sizes[1]} patches a frame"
+    require(not any(size % c.sp for size in sizes), f"{found}: sp must divide both")
+    temporal = c.variant in ("sequential", "parallel")
+    require(c.sp == 1 or temporal, f"--sp {c.sp} needs --variant sequential or parallel")
+    if c.trainable == "temporal":
+        require(c.variant != "full", "--variant full has no temporal weights: use --trainable all")
+    if c.compile:
+        cxx, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
+        found = shutil.which(cxx) and header.exists()
+        require(found, f"--compile needs {cxx} and {header}: install them, or use --no-compile")
 
 
 def create_model(config, device, data_settings):
-    """Returns model, EMA model, optimizer and step. The weights are random, those of --init, or
+    """Return model, EMA model, optimizer and step. The weights are random, those of --init, or
     those of the newest checkpoint in config.out, if there is one.
     """
     torch.manual_seed(config.seed)
@@ -554,129 +716,100 @@ def create_model(config, device, data_settings):
     model.to(device)
     for name, p in model.named_parameters():
         p.requires_grad_(config.trainable == "all" or "_temp" in name)
-    ema = deepcopy(model).requires_grad_(False).eval()  # copied before parallelize
+    ema = deepcopy(model).requires_grad_(False).eval()
     trainable_params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable_params, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
-    )  # train_step sets the learning rate
+    options = dict(betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trainable_params, **options)  # train_step sets its learning rate
     step = load_checkpoint(checkpoint, model, ema, optimizer, data_settings) if checkpoint else 0
     return model, ema, optimizer, step
 
 
-def parallelize(model, config, distributed):
-    """Set up activation checkpointing, compilation, groups and DDP. Returns the model to call."""
-    model.sp_group = distributed.sp_group
-    for block in model.blocks:
-        block.activation_checkpointing = config.activation_checkpointing
-        if config.compile:
-            block.compile(dynamic=False)
-    if distributed.world_size == 1:
-        return model
-    # Blocks are compiled one by one, so DDP need not split graphs to reduce gradients early.
-    torch._dynamo.config.optimize_ddp = False
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+def open_data(config, distributed):
+    """Return the training and the validation Stream."""
+    c = config
+    if c.data == "toy":
+        caches = [open_cache(path, c) for path in toy_caches(c, distributed)]
+        return [Stream(cache, range(len(cache)), c.seed) for cache in caches]
+    cache = open_cache(c.data, c)
+    order = permutation(0, len(cache), epoch=-1)  # the same for every seed
+    held_out = min(len(cache) // 20, 64)
+    validation_rows = order[:held_out] or order  # with fewer than 20 clips: the training clips
+    return [Stream(cache, rows, c.seed) for rows in (order[held_out:], validation_rows)]
+
+
+def open_cache(path, config):
+    """Return the LatentCache at `path`; UserError if it does not fit the config."""
+    if not path or not (Path(path) / "index.json").is_file():
+        raise UserError(f"--data {path} is not a latent cache: make one with data.py")
+    cache, model = data.LatentCache(path), MODELS[config.model]
+    needed = {k: getattr(config, k) for k in ("frames", "size", "width", "stride")}
+    needed |= {k: getattr(model, k) for k in ("caption_length", "caption_channels")}
+    found = {name: cache.settings[name] for name in needed}
+    require(found == needed, f"the cache {path} has {found}, the run needs {needed}")
+    return cache
+
+
+def toy_caches(config, distributed):
+    """Make the toy's two caches next to the run's folder, or checks those that exist. Returns
+    their paths, for training and validation.
+    """
+    c, model = config, MODELS[config.model]
+    if c.stride != 1 or c.width != c.size:
+        raise UserError("the toy has --stride 1 and square frames: drop --stride and --width")
+    vae = data.VAE("assets/vae", distributed.device)
+    vae.check_size(c.frames, c.size, c.size, model.patch_size)
+    t5 = data.T5("assets/t5", model.caption_length, distributed.device)
+    paths = []
+    for split, clips in (("train", c.toy_clips), ("validation", 2 * len(data.LABELS))):
+        path = Path(c.out).parent / f"toy-{split}-{clips}x{c.frames}x{c.size}"
+        data.write_cache(data.Toy(split, clips, c.frames, c.size), path, vae, t5, distributed)
+        paths.append(path)
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------
-# The loop
-#
-# `step` is the number of optimizer steps done; train_step does the next one. model is the bare
-# STDiT; ddp_model is the one to call, the same or wrapped in DDP.
+# The command line
 
 
-def train_step(config, step, model, ddp_model, ema, optimizer, stream, distributed):
-    """One optimizer step, after `step` others. Returns the means of loss, MSE and VLB over this
-    process's samples, [3], and the gradient norm.
+def parse_command_line(argv=None):
+    """Return the TrainConfig of a command line. --preset, --out and --resume are parsed first,
+    because they determine the defaults: those of the preset, or the options of the run to resume.
+    A resumed run may change its steps, intervals, optimizer options and hardware; another data set,
+    network or choice of trainable weights is an error.
     """
-    null = model.y_embedder.y_embedding
-    losses = torch.zeros(3, device=distributed.device)
-    micro_batches = positions_of_step(config, step, distributed)
-    n = len(micro_batches)
-    for k, positions in enumerate(micro_batches):
-        batch = stream.batch(positions, distributed.device)
-        accumulate = ddp_model is not model and k < n - 1  # DDP all-reduces in the last one
-        with ddp_model.no_sync() if accumulate else nullcontext():
-            means = training_loss(config, ddp_model, null, batch, positions)  # [3]
-            (means[0] / n).backward()  # micro-batches are equal, so the mean of means is the mean
-        losses += means.detach() / n
-    # DDP has averaged the gradients, so all processes see the same norm and take the same branch.
-    params = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = clip_grad_norm_(params, config.grad_clip).item()  # waits for the GPU
-    if math.isfinite(grad_norm):
-        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
-        optimizer.step()
-        update_ema(config, step, ema, model)
-    else:
-        print0(f"step {step + 1}: skipped, its gradient norm is {grad_norm}")
-    optimizer.zero_grad(set_to_none=False)  # keeps them in DDP's buckets, without a second copy
-    return losses, grad_norm
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="toy")
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--out")
+    args, _ = first.parse_known_args(argv)
+    out = args.out or f"out/{args.preset}"
+    default = replace(PRESETS[args.preset], preset=args.preset, out=out)
+    checkpoint = sample.newest_checkpoint(out)
+    if args.resume and checkpoint:
+        stored = json.loads((checkpoint / "state.json").read_text())["config"]
+        default = replace(TrainConfig(**stored), out=out)
+    rank0 = os.environ.get("RANK", "0") == "0"
+    description = __doc__.split("\n\nShapes")[0]
+    options = dict(default=default, description=description, console_outputs=rank0)
+    config = tyro.cli(TrainConfig, args=argv, **options)
+    if checkpoint and not args.resume:
+        raise UserError(f"{out} holds a run: continue it with --resume, or give another --out")
+    return config
 
 
-def train(config, distributed=data.Distributed("cpu")):
-    """The whole run. Only rank 0 saves and generates samples; the others wait in the next
-    all-reduce.
+def request_stop(number, frame):
+    """Handle SIGTERM and Ctrl-C: the run finishes its step, saves and stops. The next Ctrl-C stops
+    it immediately.
     """
-    c, d, begin = config, distributed, time.time()
-    stream, validation = open_data(c, d)
-    model, ema, optimizer, start = create_model(c, d.device, stream.cache.settings)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"{c}\n{model.config}\n{trainable:,} trainable parameters")
-    print0(f"{len(stream)} clips, {len(validation)} for validation")
-    print0(f"{d.world_size} process(es) on {d.device}")
-    ddp_model = parallelize(model, c, d)
-    vae = data.VAE(stream.cache.encoders[0], d.device) if d.rank == 0 and c.num_samples else None
-
-    if d.rank == 0 and start == 0:
-        Path(c.out).mkdir(parents=True, exist_ok=True)
-        (Path(c.out) / "metrics.jsonl").write_text("")
-
-    step, timed_steps, seconds = start, 0, 0.0
-    bar = tqdm(total=c.steps, initial=start, disable=None if d.rank == 0 else True)
-
-    def due(every):
-        return step >= c.steps or (step > 0 and every > 0 and step % every == 0)
-
-    while True:
-        # After `step` steps: save, stop, evaluate, sample; then train. Saving comes first, because
-        # a process that has to stop may have little time.
-        stop = data.all_reduce_sum(torch.tensor(int(stop_requested), device=d.device)).item()
-        if d.rank == 0 and step > start and (stop or due(c.save_every)):
-            save_checkpoint(c, step, model, ema, optimizer, stream.cache)
-        if stop:
-            saved = f"continue with --resume --out {c.out}" if step else "no checkpoint"
-            print0(f"stopped after step {step}; {saved}")
-            return
-
-        if due(c.eval_every):
-            losses = validation_loss(c, ema, validation, d)
-            print0(f"step {step}  validation loss by t: {'  '.join(f'{v:.4f}' for v in losses)}")
-            if d.rank == 0:
-                write_metrics(c.out, {"step": step, "validation": losses})
-                plot_losses(c.out)
-        if vae and due(c.sample_every):
-            write_metrics(c.out, write_samples(c, step, ema, vae, validation))
-        if step >= c.steps:
-            break
-
-        clock = time.time()
-        losses, grad_norm = train_step(c, step, model, ddp_model, ema, optimizer, stream, d)
-        step, timed_steps, seconds = step + 1, timed_steps + 1, seconds + time.time() - clock
-        bar.update()
-        if due(c.log_every):
-            log_step(c, step, losses, grad_norm, timed_steps * c.batch_size / seconds, d)
-            timed_steps, seconds = 0, 0.0
-    bar.close()
-    data.barrier()
-    print0(f"{c.out}: checkpoints, metrics.jsonl, loss.png, samples; {time.time() - begin:.0f} s")
+    global stop_requested
+    stop_requested = True
+    print0("stopping after the current step; Ctrl-C again stops at once, without saving")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main():
     config = parse_command_line()
-    distributed = data.init_distributed(config.device, config.sp)
-    unit = distributed.dp_size * max(1, config.micro_batch)
-    if config.batch_size % unit:
-        expected = f"expected a multiple of {unit} (processes / sp x micro_batch)"
-        raise UserError(f"batch_size={config.batch_size}: {expected}")
+    distributed = data.init_distributed(config.device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request_stop)
     train(config, distributed)

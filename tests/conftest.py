@@ -1,7 +1,9 @@
 """Shared by all tests: the path to the scripts, a tiny data set, comparisons."""
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,10 @@ import data  # noqa: E402
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run them with: python -m pytest -m slow")
+    quick = (
+        "quick: network and diffusion process, while changing a block: python -m pytest -m quick"
+    )
+    config.addinivalue_line("markers", quick)
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
 
@@ -49,6 +55,73 @@ def hand_attention(q, k, v, heads, mask=None):
             scores = scores.masked_fill(~mask[:, None], -torch.inf)
         out.append(scores.softmax(-1) @ v)
     return torch.cat(out, dim=-1)
+
+
+WORKER = """
+import os, sys, time, traceback
+from pathlib import Path
+
+folder, root, parent = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+sys.path[:0] = [root, root + "/tests"]
+import data
+
+distributed = data.init_distributed("cpu")
+job = 0
+while os.kill(parent, 0) is None:  # raises when the tests are gone
+    code = folder / f"{job}.py"
+    if not code.exists():
+        time.sleep(0.01)
+        continue
+    try:
+        exec(code.read_text(), {"distributed": distributed})
+        result = ""
+    except BaseException:
+        result = traceback.format_exc()
+    data.atomic_write(folder / f"{job}.{distributed.rank}", lambda tmp: tmp.write_text(result))
+    job += 1
+"""
+
+
+class Processes:
+    """n processes of one gloo group that live as long as the tests and run one code after another,
+    so that Python starts and torch is imported once.
+    """
+
+    def __init__(self, n, folder):
+        self.n, self.folder, self.jobs = n, folder, 0
+        (folder / "worker.py").write_text(WORKER)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, f"--nproc-per-node={n}", folder / "worker.py", folder, ROOT]
+        with open(folder / "log", "w") as log:
+            self.process = subprocess.Popen([*command, str(os.getpid())], stdout=log, stderr=log)
+
+    def run(self, code):
+        """Run Python code, which finds `distributed`, in all processes; an error fails the test."""
+        done = [self.folder / f"{self.jobs}.{rank}" for rank in range(self.n)]
+        data.atomic_write(self.folder / f"{self.jobs}.py", lambda tmp: tmp.write_text(code))
+        self.jobs += 1
+        while not all(path.exists() for path in done):
+            failed = "".join(path.read_text() for path in done if path.exists())
+            assert not failed, failed
+            assert self.process.poll() is None, (self.folder / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        failed = "".join(path.read_text() for path in done)
+        assert not failed, failed
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """processes(n): the Processes, started when first asked for."""
+    started = {}
+
+    def start(n):
+        if n not in started:
+            started[n] = Processes(n, tmp_path_factory.mktemp(f"processes{n}"))
+        return started[n]
+
+    yield start
+    for pool in started.values():
+        pool.process.terminate()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 from conftest import assert_close, hand_attention, randomize
 
 import sample
-from stdit import MODELS, VARIANTS, STDiT
+from stdit import BLOCKS, MODELS, STDiT
 
 FP32 = "fp32 rounding"
 
@@ -37,7 +37,7 @@ class Known(torch.nn.Module):
 
 
 def test_causal():
-    assert "causal" in VARIANTS, "add it to VARIANTS in stdit.py"
+    assert "causal" in BLOCKS, "add it to BLOCKS in stdit.py"
     x, noise, y, mask = random_batch()
     model, t = randomize(STDiT(replace(MODELS["toy"], variant="causal"))), torch.tensor([5, 700])
     out = model(x, t, y, mask)
@@ -69,17 +69,17 @@ def test_flow():
     for sampler in sample.SAMPLERS:
         for steps in (2, 7):
             args = (model, y, mask, x0[0].shape, keys, steps, 1.0, 0, sampler)
-            assert_close(sample.sample(*args), x0[:1].expand(2, -1, -1, -1, -1), 1e-4, FP32)
+            assert_close(sample.sample_latents(*args), x0[:1].expand(2, -1, -1, -1, -1), 1e-4, FP32)
 
 
 def test_qk_norm():
     attention, heads = randomize(STDiT(MODELS["toy"])).blocks[0].attn, 4
-    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))  # 2 frames, 5 patches
     q, k, v = attention.qkv(x).chunk(3, dim=-1)  # [B, N, D] each
     q, k = (z.unflatten(-1, (heads, -1)) for z in (q, k))  # [B, N, heads, D/heads]
     q, k = ((z / z.square().mean(-1, keepdim=True).sqrt()).flatten(2) for z in (q, k))
     expected = attention.proj(hand_attention(q, k, v, heads))
-    assert_close(attention(x), expected, 1e-5, FP32)
+    assert_close(attention(x[None])[0], expected, 1e-5, FP32)
 
 
 def test_first_frame():
@@ -95,6 +95,6 @@ def test_first_frame():
     assert all(torch.equal(a[name], b[name]) and a[name].min() > 0 for name in ("mse", "vlb"))
     inputs, first = [], x0[:, :, :1]
     model, keys = Known(lambda x, t: (inputs.append(x), 0 * x)[1]), [(0, i) for i in range(2)]
-    made = sample.sample(model, y, mask, x0[0].shape, keys, 5, 2.0, first=first)
+    made = sample.sample_latents(model, y, mask, x0[0].shape, keys, 5, 2.0, first=first)
     assert torch.equal(made[:, :, :1], first)
     assert all(torch.equal(x[:, :, :1], first.repeat(2, 1, 1, 1, 1)) for x in inputs)

@@ -68,7 +68,7 @@ def main():
     encoders, cache = (data.VAE("assets/vae"), data.T5("assets/t5", 16)), args.out / "cache"
     data.write_cache(data.Toy("train", 24), cache, *encoders)
     options = [f"--data={cache}", f"--steps={steps}", "--batch-size=4", "--num-samples=0"]
-    options += ["--save-every=2", "--eval-every=10", "--log-every=1", "--no-compile"]
+    options += ["--save-every=2", "--eval-every=10", "--log-every=1", "--device=cpu"]
     options += args.options
     process = start(reference, options, args.processes)
     output = process.communicate()[0]

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
@@ -396,19 +395,25 @@ def contents(folder):
 VIEW = ["--frames", 4, "--stride", 1, "--size", 32, "--width", 48]
 
 
-def test_two_processes_write_the_files_of_one(folder, encoders, tmp_path):
+CODE = """
+import data
+vae, t5 = data.VAE("assets/vae"), data.T5("assets/t5", 16)
+data.write_cache(data.Clips({folder!r}, 4, 1, 32, 48, seed=0), {two!r}, vae, t5, distributed)
+"""
+
+
+def test_two_processes_write_the_files_of_one(folder, encoders, tmp_path, processes, monkeypatch):
     one, shares, two = (tmp_path / name for name in ("one", "shares", "two"))
-    clips, threads = data.Clips(folder, 4, 1, 32, 48, seed=0), torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["data.py", str(folder), *map(str, VIEW), f"--out={one}"])
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as under torchrun, for the same bits
-    data.write_cache(clips, one, *encoders)
+    data.main()
+    clips = data.Clips(folder, 4, 1, 32, 48, seed=0)
     with pytest.raises(FileNotFoundError):  # rank 1 writes no index
         data.write_cache(clips, shares, *encoders, data.Distributed("cpu", rank=1, world_size=2))
-    assert contents(shares).keys() == {f"{row:06d}.safetensors" for row in range(1, 10, 2)}
     torch.set_num_threads(threads)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, ROOT / "data.py", folder, *map(str, VIEW), "--out", two]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.count(f"{two}: 10 of 10 clips") == 1, done.stderr[-2000:]
+    assert contents(shares).keys() == {f"{row:06d}.safetensors" for row in range(1, 10, 2)}
+    processes(2).run(CODE.format(folder=str(folder), two=str(two)))
     assert contents(two) == contents(one) == contents(one) | contents(shares)
 
 

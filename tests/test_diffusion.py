@@ -11,6 +11,7 @@ import sample as S
 from data import keyed_generator
 from stdit import STDiT, STDiTConfig
 
+pytestmark = pytest.mark.quick
 F64 = torch.float64
 BETAS = torch.linspace(1e-4, 2e-2, 1000, dtype=F64)
 ALPHAS_CUMPROD = torch.cumprod(1 - BETAS, 0)
@@ -104,7 +105,8 @@ def solve(step, schedule, x, indices):
         noise = torch.randn(x.shape, dtype=F64, generator=generator)
         eps = exact_eps(schedule, x, i)
         x0_last, x0 = x0, S.predict_x0(schedule, x, i, eps)
-        x = step(schedule, x, i, x0, eps, torch.ones_like(x), noise, x0_last)
+        options = dict(x=x, x0=x0, eps=eps, var=torch.ones_like(x), x0_last=x0_last)
+        x = step(schedule, i, noise=lambda: noise, **options)
     return x
 
 
@@ -159,14 +161,14 @@ CASES = [(4.0, False, 0), (4.0, True, 0), (1.0, False, 0), (1.0, True, 0), (4.0,
 @pytest.mark.parametrize("guidance, v1, min_t", CASES)
 @torch.no_grad()
 def test_sampling_equals_two_separate_calls_per_step(model, guidance, v1, min_t):
-    """Without guidance, sample() makes one call of batch size B: with guidance 1, and at timesteps
-    below guidance_min_t (here 333 and 0 of 999, 666, 333, 0).
+    """Without guidance, sample_latents() makes one call of batch size B: with guidance 1, and at
+    timesteps below guidance_min_t (here 333 and 0 of 999, 666, 333, 0).
     """
     batch_sizes, steps, schedule = [], 4, S.make_schedule(4).to("cpu")
     options = dict(shape=SHAPE, keys=KEYS, steps=steps, guidance=guidance, v1_guidance=v1)
     options |= dict(guidance_min_t=min_t)
     hook = model.register_forward_pre_hook(lambda _, args: batch_sizes.append(len(args[0])))
-    found = S.sample(model, Y, MASK, **options)
+    found = S.sample_latents(model, Y, MASK, **options)
     hook.remove()
     scales = [guidance, guidance, *2 * [1.0 if min_t else guidance]]  # of the steps in order
     assert batch_sizes == [3 if scale == 1 else 6 for scale in scales]
@@ -181,7 +183,7 @@ def test_sampling_equals_two_separate_calls_per_step(model, guidance, v1, min_t)
         if v1:  # three guided channels, the fourth conditional
             eps[:, 3] = eps_cond[:, 3]
         x0 = S.predict_x0(schedule, x, i, eps)
-        x = S.ddpm_step(schedule, x, i, x0, eps, v, draws.pop(0))
+        x = S.ddpm_step(schedule, i, x, x0, v, lambda: draws.pop(0))
     scale = x.abs().max()
     assert_close(found / scale, x / scale, 1e-5, "fp32 rounding over 4 steps, relative")
 
@@ -189,8 +191,8 @@ def test_sampling_equals_two_separate_calls_per_step(model, guidance, v1, min_t)
 @pytest.mark.parametrize("sampler", list(S.SAMPLERS))
 def test_a_video_does_not_depend_on_the_rest_of_its_batch(model, sampler):
     options = dict(shape=SHAPE, steps=8, guidance=3.0, sampler=sampler)
-    three = S.sample(model, Y, MASK, keys=KEYS, **options)
-    one = S.sample(model, Y[1:2], MASK[1:2], keys=KEYS[1:2], **options)
+    three = S.sample_latents(model, Y, MASK, keys=KEYS, **options)
+    one = S.sample_latents(model, Y[1:2], MASK[1:2], keys=KEYS[1:2], **options)
     scale = three.abs().max()
     assert_close(three[1:2] / scale, one / scale, 1e-5, "fp32 rounding over 8 steps, relative")
     assert (three[0] - three[1]).abs().max() > 0.01

@@ -22,11 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import data
 import sample as S
 import stdit
-from stdit import VARIANTS, CrossAttention, SelfAttention, STDiT, STDiTConfig
+from stdit import BLOCKS, CrossAttention, SelfAttention, STDiT, STDiTConfig, set_up_scaling
 
 sys.path.insert(0, str(ROOT / "tools"))
 from convert_weights import convert_state_dict  # noqa: E402
 
+pytestmark = pytest.mark.quick
 F64 = torch.float64
 TINY = dict(depth=2, hidden_size=32, num_heads=4, caption_channels=24, caption_length=10)
 THEIRS = dict(num_attention_heads=4, attention_head_dim=8, num_layers=2, cross_attention_dim=32)
@@ -163,7 +164,8 @@ def test_video_model_is_built_from_diffusers_parts(variant, time_scale, dtype, a
 @pytest.mark.parametrize("kind", ["self", "cross", "cross without mask"])
 def test_attention_and_its_gradient_are_an_explicit_softmax(kind):
     """Cross-attention folds frames into the batch: here one attention per whole video."""
-    layer = randomize((SelfAttention if kind == "self" else CrossAttention)(32, 4)).double()
+    layer = SelfAttention(32, 4, "b (t s) d") if kind == "self" else CrossAttention(32, 4)
+    randomize(layer).double()
     torch.manual_seed(1)
     x = torch.randn(2, 3, 7, 32, dtype=F64, requires_grad=True)  # [B, T, S, D]
     y = torch.randn(2, 5, 32, dtype=F64, requires_grad=True)
@@ -171,7 +173,7 @@ def test_attention_and_its_gradient_are_an_explicit_softmax(kind):
     leaves, flat = [x, *layer.parameters()], x.flatten(1, 2)  # [B, T*S, D]
     if kind == "self":
         q, k, v = layer.qkv(flat).chunk(3, dim=-1)
-        found = layer(flat)
+        found = layer(x).flatten(1, 2)
     else:
         q, (k, v) = layer.q_linear(flat), layer.kv_linear(y).chunk(2, dim=-1)
         found, leaves = layer(x, y, mask).flatten(1, 2), [*leaves, y]
@@ -189,15 +191,15 @@ def loss_and_gradients(model, batch):
     return torch.stack([loss, *(g.double().norm() for g in grads)]).double(), grads
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BLOCKS)
 def test_activation_checkpointing_changes_no_number(variant):
     """FLOPs: "full" adds a forward pass, a third; "selective" recomputes no product."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     also = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}  # else not counted
-    model, flops, found = randomize(STDiT(STDiTConfig(**TINY, variant=variant))), {}, {}
+    flops, found = {}, {}
     for mode in ("none", "full", "selective"):
-        for block in model.blocks:
-            block.activation_checkpointing = mode
+        model = randomize(STDiT(STDiTConfig(**TINY, variant=variant)))
+        set_up_scaling(model, activation_checkpointing=mode)
         with FlopCounterMode(display=False, custom_mapping=also) as counter:
             _, found[mode] = loss_and_gradients(model, inputs(3, 4, 6))
         flops[mode] = counter.get_total_flops()
@@ -205,7 +207,7 @@ def test_activation_checkpointing_changes_no_number(variant):
     assert flops["selective"] == flops["none"] and 1.2 < flops["full"] / flops["none"] < 1.34
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BLOCKS)
 def test_autocast_stays_within_bf16s_rounding_of_eager_fp32(variant):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = randomize(STDiT(STDiTConfig(**TINY, variant=variant))).to(device)
@@ -268,7 +270,7 @@ def test_ddpm_steps_and_learned_variance_are_diffusers(steps):
         noise = torch.randn(eps.shape, dtype=F64, generator=torch.Generator().manual_seed(i))
         expected = scheduler.step(out, t, x, generator=torch.Generator().manual_seed(i))
         x0 = S.predict_x0(schedule, x, torch.tensor([i, i]), eps)
-        found = S.ddpm_step(schedule, x, i, x0, eps, v, noise)
+        found = S.ddpm_step(schedule, i, x, x0, v, lambda: noise)
         assert_close(found, expected.prev_sample, 1e-9, "float64")
         assert_close(x0, expected.pred_original_sample, 1e-9, "float64")
 
@@ -281,7 +283,7 @@ def test_ddim_steps_are_diffusers(steps):
     for i in (0, 1, steps // 2, steps - 1):
         x, eps = randn(seed=1), randn(seed=2)
         expected = scheduler.step(eps, schedule.timesteps[i], x).prev_sample
-        found = S.ddim_step(schedule, x, i, S.predict_x0(schedule, x, i, eps), eps, None, None)
+        found = S.ddim_step(schedule, i, S.predict_x0(schedule, x, i, eps), eps)
         assert_close(found, expected, 1e-9, "float64")
 
 
@@ -299,7 +301,7 @@ def test_dpm_solver_steps_are_diffusers(steps):
         scheduler._step_index = steps - 1 - i
         x0 = scheduler.convert_model_output(eps, sample=x)
         ours = S.predict_x0(schedule, x, i, eps)
-        found = S.dpm_step(schedule, x, i, ours, eps, None, None, x0_last)
+        found = S.dpm_step(schedule, i, x, ours, x0_last)
         # its parts in float64, since its step() goes through fp32 ...
         if i in (0, steps - 1):
             expected = scheduler.dpm_solver_first_order_update(x0, sample=x)

@@ -7,9 +7,10 @@ import torch
 from conftest import assert_close, randomize
 
 import stdit
-from sample import drop_captions
-from stdit import VARIANTS, STDiT, STDiTConfig, spatial_pos_embed
+from stdit import BLOCKS, STDiT, STDiTConfig, spatial_pos_embed
+from train import drop_captions
 
+pytestmark = pytest.mark.quick
 TINY = STDiTConfig(depth=2, hidden_size=32, num_heads=4, caption_channels=24, caption_length=10)
 FP32 = "fp32 rounding over two blocks"
 CPU, F64 = torch.device("cpu"), torch.float64
@@ -21,7 +22,7 @@ def inputs(T=3, H=4, W=6, B=2, L=10, seed=1):
     return torch.randn(B, 4, T, H, W), torch.tensor([17, 801])[:B], torch.randn(B, L, 24), mask
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BLOCKS)
 @pytest.mark.parametrize("patch", [(1, 2, 2), (1, 1, 1), (2, 2, 2), (1, 4, 1)])
 def test_one_model_takes_any_grid_and_returns_twice_the_channels(patch, variant):
     model = randomize(STDiT(replace(TINY, patch_size=patch, variant=variant)))
@@ -30,7 +31,7 @@ def test_one_model_takes_any_grid_and_returns_twice_the_channels(patch, variant)
         assert model(*inputs(T, H, W)).shape == (2, 8, T, H, W)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BLOCKS)
 def test_a_new_model_predicts_zero_and_starts_as_an_image_model(variant):
     torch.manual_seed(0)
     model = STDiT(replace(TINY, variant=variant))
@@ -80,4 +81,4 @@ def test_patch_embedder_is_conv3d(patch):
     embedder = randomize(stdit.PatchEmbedder(replace(TINY, patch_size=patch))).double()
     x = torch.randn(2, 4, 4, 6, 8, dtype=F64)
     expected = embedder.proj(x).flatten(3).permute(0, 2, 3, 1)  # [B, T, S, D]
-    assert_close(embedder(stdit.patchify(x, patch)), expected, 1e-12, "float64 rounding")
+    assert_close(embedder(x), expected, 1e-12, "float64 rounding")

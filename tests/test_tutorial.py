@@ -111,6 +111,7 @@ def test_names_in_the_text_exist(document):
     text = (ROOT / document).read_text()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     scripts = [p for d in (".", "tests", "tools", "benchmarks") for p in (ROOT / d).glob("*.py")]
+    scripts += (ROOT / "tests/exercises").glob("*.patch")
     source = "\n".join([*BLOCK.findall(text), *(p.read_text() for p in scripts)])
     for quoted in set(re.findall(r"`([^`\n]+)`", prose)):
         for option in re.findall(r"(?<!\S)--([a-zA-Z][\w-]*)", quoted):
@@ -150,7 +151,7 @@ def copy_project(folder):
 
 @pytest.mark.slow
 def test_shell_blocks_of_the_tutorial_run_in_order(tmp_path, monkeypatch):
-    """With fewer and shorter steps; all but those that need the Hub. 4 minutes."""
+    """With fewer and shorter steps. 4 minutes."""
     few = "--steps 4 --toy-clips 84 --warmup 1 --num-samples 1 --sample-steps 2"
     copy_project(tmp_path)
     monkeypatch.chdir(tmp_path)

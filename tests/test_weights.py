@@ -19,7 +19,7 @@ import data
 import sample
 import train
 from data import UserError
-from stdit import MODELS, VARIANTS, STDiT
+from stdit import BLOCKS, MODELS, STDiT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_weights  # noqa: E402
@@ -156,7 +156,7 @@ def test_diffusers_folders(kind, pixart, hub, encoders, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))  # no temporary folder is left
 
 
-@pytest.mark.parametrize("variant, new", [*zip(VARIANTS, (0, 16, 16, 36))])
+@pytest.mark.parametrize("variant, new", [*zip(BLOCKS, (16, 16, 0, 36))])
 def test_new_temporal_weights_are_seeded_and_their_projection_is_zero(variant, new, pixart):
     config, weights = replace(TOY, variant=variant), convert_weights.read_source(pixart)
     before = torch.get_rng_state()

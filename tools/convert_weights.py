@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from data import UserError, require  # noqa: E402
-from stdit import MODELS, VARIANTS, STDiT  # noqa: E402
+from stdit import BLOCKS, MODELS, STDiT  # noqa: E402
 
 # Our names are those of Open-Sora v1 and of PixArt-alpha's .pth. Below, ours -> the tensors of
 # diffusers' PixArtTransformer2DModel or LatteTransformer3DModel whose rows make it; N is the block.
@@ -173,7 +173,7 @@ class ConvertConfig:
     source: tyro.conf.Positional[str]  # file, folder, Hub name, or file on the Hub; see above
     out: str  # folder to write
     model: Literal[tuple(MODELS)] = "STDiT-XL/2"  # a name in stdit.MODELS
-    variant: Literal[VARIANTS] = "sequential"  # arrangement of the attentions
+    variant: Literal[tuple(BLOCKS)] = "sequential"  # arrangement of the attentions
     space_scale: float = 1.0  # position = index / scale; 0.5 at 256x256, 1 at 512x512 pixels
     time_scale: float = 1.0  # position = index / scale; 1 at frame stride 3, 1.5 at stride 2
     frames: int = 16  # frames of a video, here and below for sample.py

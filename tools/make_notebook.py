@@ -1,13 +1,17 @@
-"""Run the Python blocks of tutorial.md, write below each what it prints, and write the notebook.
+"""Runs the Python blocks of tutorial.md, writes below each what it prints, and writes the notebook.
 
-    python tools/make_notebook.py        # about a minute; also writes small videos to out/clips
+    python tools/make_notebook.py                   # a minute or two; writes videos to out/clips
+    python tools/make_notebook.py --keep-outputs    # after a change of the text alone: a second
 
 Blocks are fed line by line to Python's interactive console, as if they were pasted. The notebook,
-assets/tutorial.ipynb, has the same text, code and outputs.
+assets/tutorial.ipynb, has the same text, code and outputs. Outputs that change, as after training
+a new toy model, are printed: the text next to them may state the same numbers.
 """
 
+import argparse
 import code
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -21,7 +25,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOT
 
 
 def run_blocks(text):
-    """Run all blocks in one session -> what each prints. Any error ends it with a SystemExit."""
+    """Runs all blocks in one session. Returns what each prints; an error raises SystemExit."""
     console, outputs = code.InteractiveConsole({}), []
     for block in BLOCK.finditer(text):
         with (
@@ -38,13 +42,13 @@ def run_blocks(text):
 
 
 def with_outputs(text, outputs):
-    """The tutorial with these outputs."""
+    """Returns the tutorial with these outputs."""
     outputs = iter(outputs)
     return BLOCK.sub(lambda b: f"```python\n{b[1]}```\n\n```text\n{next(outputs)}```\n", text)
 
 
 def notebook(text):
-    """The tutorial as a notebook in nbformat 4.4, a dict. It starts in the folder assets."""
+    """Returns the tutorial as a notebook in nbformat 4.4. It starts in the folder assets."""
     cells, end = [], 0
 
     def add(kind, source, **more):
@@ -67,12 +71,29 @@ def notebook(text):
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}
 
 
+def print_changes(old, new):
+    """Prints the lines of outputs that differ, and the first line of their block."""
+    for before, after in zip(BLOCK.finditer(old), BLOCK.finditer(new)):
+        lines = ((block[2] or "").splitlines() for block in (before, after))
+        changed = [line for line in difflib.ndiff(*lines) if line[0] in "-+"]
+        if changed:
+            line = new[: after.start()].count("\n") + 1
+            print(f"tutorial.md, line {line}:", *changed, sep="\n    ")
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    help = "do not run the blocks; write the notebook with the outputs that stand in the tutorial"
+    parser.add_argument("--keep-outputs", action="store_true", help=help)
+    keep_outputs = parser.parse_args().keep_outputs
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     path = Path("tutorial.md")
-    text = with_outputs(path.read_text(), run_blocks(path.read_text()))
-    path.write_text(text)
+    text = path.read_text()
+    if not keep_outputs:
+        text = with_outputs(text, run_blocks(text))
+        print_changes(path.read_text(), text)
+        path.write_text(text)
     Path("assets/tutorial.ipynb").write_text(json.dumps(notebook(text), indent=1) + "\n")
 
 
