@@ -204,9 +204,18 @@ def read_image(path):
         with Image.open(path, formats=IMAGES) as image:
             if image.format in ANIMATED and image.is_animated:
                 return None
+            if image.format == "AVIF":  # Pillow does not tell
+                with av.open(str(path)) as container:
+                    refuse_hdr(container.streams.video[0].codec_context)
             return torch.from_numpy(on_white(ImageOps.exif_transpose(image))).permute(2, 0, 1)
     except UnidentifiedImageError:
         return None
+
+
+def refuse_hdr(tagged):
+    """UnreadableClip if a frame or codec context is tagged as HDR, which RGB of 8 bits is not."""
+    if tagged.color_trc in HDR:
+        raise UnreadableClip(f"HDR ({HDR[tagged.color_trc]}); convert it to SDR: {TO_SDR}")
 
 
 def on_white(image):
@@ -316,8 +325,7 @@ def decoded_frames(container, stream, times):
 
 def to_rgb(frame, stream):
     """A frame as players show it, uint8 [3, H, W]: with square pixels, upright, on white."""
-    if frame.color_trc in HDR:
-        raise UnreadableClip(f"HDR ({HDR[frame.color_trc]}); convert it to SDR: {TO_SDR}")
+    refuse_hdr(frame)
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
     alpha = any(component.is_alpha for component in frame.format.components)
     # By default FFmpeg would start a thread per core for every frame.
@@ -325,7 +333,10 @@ def to_rgb(frame, stream):
     image = frame.to_ndarray(width=max(1, round(frame.width * aspect)), **options)
     if alpha:
         image = on_white(Image.fromarray(image))
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError as error:  # its list of kinds is incomplete
+        raise UnreadableClip(f"PyAV: side data {error}; convert it, a picture to JPEG") from None
     if matrix is not None:
         a, b, _, c, d = struct.unpack_from("5i", bytes(matrix))  # (x, y) to (ax + cy, bx + dy)
         # a quarter turn is a transposition; what is left are flips
@@ -624,12 +635,7 @@ class LatentCache:
 # whether a generated video matches its caption. Six labels are never in the training set, although
 # every pair of their words is: to generate them, a model must have learned the words separately.
 
-COLORS = {
-    "red": (225, 50, 50),
-    "green": (50, 190, 80),
-    "blue": (70, 110, 250),
-    "yellow": (245, 220, 60),
-}
+COLORS = dict(red=(225, 50, 50), green=(50, 190, 80), blue=(70, 110, 250), yellow=(245, 220, 60))
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y is down
 BACKGROUND = (28, 28, 36)
@@ -843,9 +849,7 @@ def run_command(main):
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if (
-            rank == "0" or dist.is_initialized()
-        ):  # before, all ranks have the same error: one prints
+        if rank == "0" or dist.is_initialized():  # before, all ranks have the same error
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():  # skipped after an error, because it could hang
