@@ -264,14 +264,14 @@ def decode(path, numbers, transform, times=()):
     all frames, or empty if they are not known.
     """
     first, last = min(numbers), max(numbers)
-    found, damaged, before = {}, False, {*times[:first]}
+    found, damaged, earlier = {}, False, {*times[:first]}
     with open_video(path) as (container, stream):
         count = first if times else 0
         if times:
             container.seek(times[first], stream=stream)
         for frame in decoded_frames(container, stream, times[first : last + 1]):
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
-            if frame.pts in before:
+            if frame.pts in earlier:
                 continue
             if times and (damaged or (count <= last and frame.pts != times[count])):
                 break  # not as listed: decode from the beginning, below
@@ -283,7 +283,7 @@ def decode(path, numbers, transform, times=()):
             # Decode on over the reorder delay: damage there can affect the last frame.
             if count > last + stream.codec_context.reorder_depth:
                 break
-    if times and len(found) < len({*numbers}):
+    if times and (damaged or len(found) < len({*numbers})):
         return decode(path, numbers, transform)
     if not count:
         raise UnreadableClip("FFmpeg can decode no frame of it")
@@ -598,7 +598,8 @@ def is_encoded(file, stamp):
     if not file.exists():
         return False
     with safe_open(file, "pt") as tensors:
-        return (tensors.metadata() or {}).get("stamp") == stamp
+        # Without its file, which may be on another machine, the cached clip counts.
+        return stamp is None or (tensors.metadata() or {}).get("stamp") == stamp
 
 
 class LatentCache:
@@ -848,7 +849,7 @@ def run_command(main):
     try:
         main()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("LOCAL_RANK", "0")
         if rank == "0" or dist.is_initialized():  # before, all ranks have the same error
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -864,14 +865,14 @@ def keyed_generator(*key):
     checkpoints need no generator state.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # positive
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # below 2^63
 
 
 def atomic_write(path, write):
     """Call write(temporary path), then rename, so that `path` is never half-written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{os.environ.get('RANK', 0)}.{path.name}")
+    tmp = path.with_name(f".{os.environ.get('RANK', 0)}.{os.getpid()}.{path.name}")
     write(tmp)
     os.replace(tmp, path)
 

@@ -137,8 +137,8 @@ def log_variance(schedule, var, t):
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Return a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the VLB at t, in bits per dimension. v1 trains on their sum. (So does IDDPM: its weight
-    is 0.001 for a sum over 1000 steps, which is the mean over t.)
+    term of the VLB at t, in bits per dimension. v1 trains on their sum. (So does IDDPM:
+    mse + 0.001 * a sum of 1000 terms is mse + their mean over t.)
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
@@ -173,8 +173,8 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 #
 # A step computes x_{t-1} from x_t and the predicted noise. DDPM samples from the predicted
 # Gaussian. DDIM adds no noise and needs fewer steps: it integrates the probability-flow ODE, whose
-# x_t have, at every t, the distribution of q_sample's. DPM-Solver++ integrates it to second order,
-# extrapolating x_0 from its last two predictions.
+# solutions x_t are distributed at every t as those of q_sample. DPM-Solver++ integrates it to
+# second order, extrapolating x_0 from its last two predictions.
 #
 # A step names the arguments that it uses, and returns x, one step closer to x_0:
 #     i        index into the schedule
@@ -211,6 +211,7 @@ def dpm_step(schedule, i, x, x0, x0_last, **_):
         h_last = lambdas[i] - lambdas[i + 1]
         x0 = x0 + 0.5 * h / h_last * (x0 - x0_last)  # the paper's r is h_last / h
     sigma_ratio = schedule.sigma_prev[i] / schedule.sigma[i]
+    # = sigma_ratio x + alpha_prev (1 - exp(-h)) x0
     return sigma_ratio * x + (schedule.alpha_prev[i] - sigma_ratio * schedule.alpha[i]) * x0
 
 
@@ -399,11 +400,9 @@ def newest_checkpoint(run):
 
 def find_weights(source):
     """Return the local folder with the weights of a run of train.py, a folder, or a Hub name."""
-    folder = newest_checkpoint(source) or data.local_folder(source)
+    folder = data.local_folder(source)
     files = ["config.json", "model.safetensors", "sample.json"]
-    help = (
-        "convert released weights by tools/convert_weights.py; a run has weights once it has saved"
-    )
+    help = "convert released weights by tools/convert_weights.py; a run saves every --save-every"
     if folder is None:
         from huggingface_hub import snapshot_download
 
@@ -412,6 +411,7 @@ def find_weights(source):
         except (OSError, ValueError) as error:
             reason = f"could not be downloaded from the Hub ({type(error).__name__})"
             raise UserError(f"{source} is not a local folder, and {reason}; {help}") from None
+    folder = newest_checkpoint(folder) or folder
     found = all((folder / name).is_file() for name in files[:2])
     require(found, f"{source} has no config.json and model.safetensors; {help}")
     return folder
@@ -472,7 +472,7 @@ def resolve(config):
     settings |= {k: v for k, v in vars(config).items() if v is not None}
     if config.size and not config.width:
         settings["width"] = config.size
-    # A video of another size spans the same positions, the rule of train.py.
+    # As in train.derive: the scale grows with the side, the root of the area.
     ratio = math.sqrt(settings["size"] * settings["width"] / trained_area)
     scale = trained.space_scale
     scale = tuple(v * ratio for v in scale) if isinstance(scale, tuple) else scale * ratio
@@ -504,8 +504,8 @@ def main():
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
     SAMPLERS[c.sampler][0](c.steps)  # a bad number of steps fails here, before anything is loaded
     c = resolve(c)
-    device = data.init_distributed(c.device).device
-
+    device, _, world_size = data.init_distributed(c.device)
+    require(world_size == 1, "sample.py runs on one device: start it without torchrun")
     model = load_model(c.weights, space_scale=c.space_scale, time_scale=c.time_scale)
     vae = data.VAE(c.vae, device)
     vae.check_size(c.frames, c.size, c.width, model.config.patch_size)

@@ -43,7 +43,7 @@ class STDiTConfig:
     variant: str = "sequential"  # design of the block, a key of BLOCKS; v1: sequential
     space_scale: float | tuple = 1.0  # spatial position = index / scale; a pair is (h, w)
     time_scale: float = 1.0  # temporal position = index / scale
-    embedder_std: float | None = 0.02  # of initial t_ and y_embedder weights; None: fan_in**-0.5
+    embedder_std: float | None = 0.02  # initial std in t_embedder, y_embedder; None: fan_in**-0.5
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -131,9 +131,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of a video to those of its caption. Folding
-    frames into the batch changes no result, but gives a GPU more to do at a time: the backward pass
-    of fused attention is parallel over batch, heads and keys, not over queries (not measured).
+    """Multi-head attention from the tokens of a video to those of its caption. Frames are folded
+    into the batch, where fused attention is parallel; its backward pass is not over queries.
     """
 
     def __init__(self, dim, heads):
@@ -149,7 +148,7 @@ class CrossAttention(nn.Module):
         """
         T = x.shape[1]
         q = rearrange(self.q_linear(x), "b t s (heads d) -> (b t) heads s d", heads=self.heads)
-        kv = self.kv_linear(y).repeat_interleave(T, dim=0)  # [B*T, L, 2D]
+        kv = self.kv_linear(y).repeat_interleave(T, dim=0)  # [B*T, L, 2D], in the order (b t)
         k, v = rearrange(kv, "bt l (kv heads d) -> kv bt heads l d", kv=2, heads=self.heads)
         if mask is not None:
             mask = mask.repeat_interleave(T, dim=0)[:, None, None]  # [B*T, 1, 1, L]
@@ -187,8 +186,9 @@ def split_rows(table):
 # ---------------------------------------------------------------------------------------------
 # The block
 #
-# Full attention over the T*S tokens of a video costs (T*S)^2. STDiT attends within each frame (S^2)
-# and then, for each patch, across frames (T^2): information still passes between any two tokens.
+# Full attention over the T*S tokens of a video costs (T*S)^2. STDiT attends within each frame (S^2,
+# T times) and then for each patch across frames (T^2, S times): information still passes between
+# any two tokens.
 # The rest is PixArt-alpha's block: shift, scale and gate from the timestep (one MLP shared by all
 # blocks plus a table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to
 # the caption, MLP. The output projection of temporal attention starts at zero: with PixArt-alpha's
@@ -216,7 +216,7 @@ class STDiTBlock(nn.Module):
             self.scale_shift_table + mod
         )
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
-        x = x + gate_a * self.attn_temp(x, pos)  # no norm, gate_a again, as in v1's weights
+        x = x + gate_a * self.attn_temp(x, pos)  # no norm, gate_a again: as v1
         x = x + self.cross_attn(x, y, mask)  # neither norm nor gate
         return x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
@@ -239,8 +239,7 @@ class ParallelBlock(STDiTBlock):
 
 def add_position(x, pos):
     """Add the temporal position to the tokens themselves, as full and latte do. A single frame
-    gets none, as in an image model: the embedding of index 0 is not zero, its cosines are 1. (v1
-    needs no such rule: there only the input of temporal attention gets it.)
+    gets none, as in an image model: the embedding of index 0 is not zero, its cosines are 1.
     """
     return x if pos is None or x.shape[1] == 1 else x + pos
 
@@ -299,8 +298,8 @@ BLOCKS = dict(sequential=STDiTBlock, parallel=ParallelBlock, full=FullBlock, lat
 
 class PatchEmbedder(nn.Module):
     """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. self.proj is
-    a Conv3d for the shape of the released weight. It is applied as a linear layer, which stays in
-    fp32, while convolutions on CUDA use TF32.
+    a Conv3d for the shape of the released weight. It is applied as a linear layer, because torch's
+    default on CUDA is TF32 for convolutions and fp32 for matrix products.
     """
 
     def __init__(self, config):
@@ -430,8 +429,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         t_emb = self.t_embedder(t)  # [B, D]
         mod = self.t_block(t_emb).unflatten(1, (6, D))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
-        with autocast(x.device):  # x stays fp32: it is a sum of fp32 and bf16
-            for i, block in enumerate(self.blocks):  # pos goes to the first one alone, as in v1
+        with autocast(x.device):  # x stays fp32: fp32 + gate (fp32) * branch (bf16)
+            for i, block in enumerate(self.blocks):  # as in v1, pos goes to block 0 alone
                 x = block(x, y, mask, mod, pos if i == 0 else None)  # [B, T, S, D]
         return self.final_layer(x, t_emb, h, w)  # [B, 2C, T, H, W]
 
@@ -444,7 +443,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
 
 
 def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mesh=None):
-    """Prepare a model for training at scale, in place. Sampling uses the EMA copy, made before.
+    """Prepare a model for training at scale, in place. Sampling uses the EMA copy, made
+    before this call (train.create_model).
 
     activation_checkpointing: what a block keeps for the backward pass. "none": everything. "full":
     its inputs, and the block is computed again. "selective": also the outputs of matrix products,
@@ -464,7 +464,7 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
     for block in model.blocks:
         if activation_checkpointing != "none":
             # A nested function, since torch.compile (2.14.1) silently ignores a functools.partial.
-            # The checkpointed forward is compiled; to checkpoint a compiled one raises.
+            # Checkpoint inside compile: checkpoint around a compiled block raises.
             def forward(*inputs, compute=block.forward):
                 return checkpoint(compute, *inputs, **options)
 
@@ -494,8 +494,8 @@ def shard_frames(model, mesh):
     Only temporal attention needs all frames. Before it an all-to-all gathers frames and scatters
     patches, and after it another one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266).
     Each process is given the whole video and returns the whole prediction, but its gradients of the
-    weights cover its own frames alone: their sum over processes is the gradient. n must divide T
-    and S. For the designs sequential and parallel.
+    weights cover its own frames alone: their sum over processes is the gradient (train_step). n
+    must divide T and S. For the designs sequential and parallel.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor import parallel as tp
@@ -506,7 +506,8 @@ def shard_frames(model, mesh):
         "x_embedder": tp.PrepareModuleInput(
             input_layouts=whole, desired_input_layouts=Shard(2), use_local_output=True
         ),
-        # tokens [B, T, S, D] (and pos as it is): from frames to patches, and back
+        # tokens [B, T, S, D] (and pos as it is): from frames to patches, and back; the module sees
+        # plain tensors of this process
         "blocks.*.attn_temp": tp.PrepareModuleInputOutput(
             input_layouts=(Shard(1), None),
             desired_input_layouts=(Shard(2), None),

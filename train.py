@@ -86,7 +86,9 @@ class TrainConfig:
     drop_caption: float = 0.1  # fraction of captions replaced by the null caption, for guidance
     t_std: float | None = None  # timesteps are 1000 sigmoid(t_mean + t_std * normal); None: uniform
     t_mean: float = 0.0  # see t_std
-    min_snr: float | None = None  # loss weights min(1, min_snr / SNR), see loss_weights; None: 1
+    min_snr: float | None = (
+        None  # loss weights min(1, min_snr / SNR), see loss_weights; None: all 1
+    )
     seed: int = 0  # random seed
     # hardware
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
@@ -293,8 +295,8 @@ def train_step(run):
         no_sync = run.ddp_model is not run.model and k < run.micro_batches - 1
         with run.ddp_model.no_sync() if no_sync else nullcontext():
             loss_mse_vlb = training_loss(run, *batch) / run.micro_batches  # [3]
-            # DDP's mean is over all dp * sp processes. Of the sp that share a video each has the
-            # gradient of its own frames, and the sum of them is needed.
+            # DDP takes the mean over dp * sp processes. Needed is the mean over dp of the sums over
+            # sp, since processes that share a video have the gradients of their own frames.
             (loss_mse_vlb[0] * c.sp).backward()
         losses += loss_mse_vlb.detach()
     params = [p for p in run.model.parameters() if p.requires_grad]
@@ -305,7 +307,7 @@ def train_step(run):
         update_ema(c, run.step, run.ema, run.model)
     else:
         print0(f"step {run.step + 1}: skipped, its gradient norm is {grad_norm}")
-    run.optimizer.zero_grad(set_to_none=False)  # they are views of DDP's buckets (start_run)
+    run.optimizer.zero_grad(set_to_none=False)  # None would drop DDP's buckets (start_run)
     return losses, grad_norm
 
 
@@ -334,7 +336,7 @@ def drop_captions(y, mask, drop, null):
 def loss_weights(config, schedule, t):
     """Return Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4,
     prediction of noise). The content of a video is decided at large t, where the loss is hundreds
-    of times smaller than at small t (see the validation losses of a run), so that is weighted less.
+    of times smaller than at small t (see the validation losses of a run): small t is weighted less.
     """
     snr = (schedule.alpha[t] / schedule.sigma[t]).square()  # [B]
     return (config.min_snr / snr).clamp(max=1) if config.min_snr else torch.ones_like(snr)
@@ -525,7 +527,8 @@ def sample_rows(config, validation, last):
         return validation.rows[: config.num_samples]
     unseen = [data.LABELS.index(label) for label in data.UNSEEN]
     seen = [data.LABELS.index(label) for label in data.SEEN]
-    return 2 * (unseen + seen) + 6 * unseen if last else unseen + seen  # lists, repeated
+    # two of each and six more of the unseen
+    return 2 * (unseen + seen) + 6 * unseen if last else unseen + seen
 
 
 def evaluate_toy(captions, videos):
@@ -650,10 +653,7 @@ def start_run(config, distributed):
     print0(f"{d.world_size} process(es) on {d.device}")
     if d.rank == 0:
         Path(c.out).mkdir(parents=True, exist_ok=True)
-        # Drop lines that will be written again: at its step, a checkpoint is saved after the
-        # line with the loss, before evaluation and samples.
-        lines = read_metrics(c.out) if step else []
-        lines = [m for m in lines if m["step"] < step or (m["step"] == step and "loss" in m)]
+        lines = [m for m in read_metrics(c.out) if m["step"] <= step] if step else []
         (Path(c.out) / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
 
     dp_size = d.world_size // c.sp
@@ -737,7 +737,7 @@ def open_data(config, distributed):
         caches = [open_cache(path, c) for path in toy_caches(c, distributed)]
         return [Stream(cache, range(len(cache)), c.seed) for cache in caches]
     cache = open_cache(c.data, c)
-    order = permutation(0, len(cache), epoch=-1)  # no epoch's, and the same for every seed
+    order = permutation(0, len(cache), epoch=-1)  # of no epoch, and the same for every seed
     held_out = min(len(cache) // 20, 64)
     validation_rows = order[:held_out] or order  # with fewer than 20 clips: the training clips
     return [Stream(cache, rows, c.seed) for rows in (order[held_out:], validation_rows)]
@@ -780,8 +780,9 @@ def toy_caches(config, distributed):
 def parse_command_line(argv=None):
     """Return the TrainConfig of a command line. --preset, --out and --resume are parsed first,
     because they determine the defaults: those of the preset, or the options of the run to resume.
-    A resumed run may change its steps, intervals, optimizer options and hardware; another data set,
-    network or choice of trainable weights is an error.
+    A resumed run may change its steps, intervals, optimizer options and hardware. Another data set,
+    network or choice of trainable weights is an error; another seed or batch size gives others of
+    the samples.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy")
