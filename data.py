@@ -12,7 +12,8 @@ Clips and Toy are data sets; another one needs the same interface:
     data_set[row]         the frames of a clip, uint8 [T, 3, H, W], or None if it is unreadable
     data_set.captions     list of the captions
     data_set.files        list of the clips' paths, None for a clip without a file
-    data_set.settings     dict of all that determines the frames
+    data_set.settings     dict of what determines the frames: clips (a hash of their list), frames,
+                          stride, size, width, seed
 
 Shapes in this file:
     B batch    T frames    C latent channels (4)    L caption tokens    E caption channels
@@ -133,14 +134,14 @@ def clean_caption(text):
 # A training sample is a temporal crop: T frames of a clip, `stride` source frames apart, from a
 # random start. An image is a video of one frame.
 #
-# Frames are what the decoder gives, in its order, and their number is known only when it ends. The
-# file stores packets, whose number is an estimate: a packet can hold half a frame or a hidden one,
-# or be impossible to decode after a cut. In AVI packets have no presentation times. So the start is
-# drawn over the number of packets, and if the clip ends early, again over the number of frames.
-#
-# Where each packet should be a frame, decoding begins at the keyframe before the start, without the
-# frames that nobody needs. If that gives other times than the packets', the clip is decoded from
-# its beginning.
+# Frames are what the decoder gives, in its order, and their number is known only when it ends:
+# - The number of packets in a file is an estimate. A packet can hold half a frame or a hidden one,
+#   or be impossible to decode after a cut; in AVI packets have no presentation times.
+# - The start is drawn over that estimate. Decoding begins at the first packet or, where files store
+#   presentation times (MP4, Matroska), at the keyframe before the start, and skips frames that
+#   nobody needs.
+# - If times then differ from the packets', all is decoded from the first packet; if the clip ends
+#   early, the start is drawn again over the number of frames.
 
 TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}  # containers that store presentation times
 ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9"}  # codecs, unless interlaced (decoded_frames)
@@ -181,7 +182,7 @@ def read_chosen(path, choose, transform=lambda frame: frame):
     try:
         image = read_image(path)
         if image is not None:
-            return torch.stack([transform(image) for _ in choose(1)])
+            return torch.stack([transform(image) for _ in choose(1)])  # or choose raises
         count, times = list_packets(path)
         numbers = choose(count)
         found, count = decode(path, numbers, transform, times)
@@ -190,8 +191,10 @@ def read_chosen(path, choose, transform=lambda frame: frame):
             found, count = decode(path, numbers, transform)
         return torch.stack([found[number] for number in numbers])
     except (*DAMAGE, Image.DecompressionBombError) as error:
-        if isinstance(error, (OSError, MemoryError)) and error.errno:  # PyAV's errors are both
-            raise  # of the system, such as a limit on threads or open files: the clip may be good
+        # An error of the system, such as a limit on threads or open files, says nothing of the
+        # clip. PyAV's errors derive from OSError or MemoryError and have an errno, too.
+        if isinstance(error, (OSError, MemoryError)) and error.errno:
+            raise
         raise UnreadableClip(f"{type(error).__name__}: {error}") from None
 
 
@@ -261,14 +264,14 @@ def decode(path, numbers, transform, times=()):
     all frames, or empty if they are not known.
     """
     first, last = min(numbers), max(numbers)
-    found, damaged, before = {}, False, {*times[:first]}
+    found, damaged, earlier = {}, False, {*times[:first]}
     with open_video(path) as (container, stream):
         count = first if times else 0
         if times:
             container.seek(times[first], stream=stream)
         for frame in decoded_frames(container, stream, times[first : last + 1]):
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
-            if frame.pts in before:
+            if frame.pts in earlier:
                 continue
             if times and (damaged or (count <= last and frame.pts != times[count])):
                 break  # not as listed: decode from the beginning, below
@@ -280,7 +283,7 @@ def decode(path, numbers, transform, times=()):
             # Decode on over the reorder delay: damage there can affect the last frame.
             if count > last + stream.codec_context.reorder_depth:
                 break
-    if times and len(found) < len({*numbers}):
+    if times and (damaged or len(found) < len({*numbers})):
         return decode(path, numbers, transform)
     if not count:
         raise UnreadableClip("FFmpeg can decode no frame of it")
@@ -289,7 +292,8 @@ def decode(path, numbers, transform, times=()):
 
 def decoded_frames(container, stream, times):
     """The frames of a stream, deinterlaced. If times are given, frames at other times may be left
-    out, and an interlaced frame ends it, since the filter needs the frame before.
+    out, and an interlaced frame is the end, since its filter needs the frame before: the caller
+    then decodes from the first packet.
     """
     codec, graph, begun = stream.codec_context, None, False
     packets = (packet for packet in container.demux(stream) if packet.size)
@@ -335,6 +339,7 @@ def to_rgb(frame, stream):
         raise UnreadableClip(f"PyAV: side data {error}; convert it, a picture to JPEG") from None
     if matrix is not None:
         a, b, _, c, d = struct.unpack_from("5i", bytes(matrix))  # (x, y) to (ax + cy, bx + dy)
+        # a quarter turn is a transposition; what is left are flips
         if abs(b) > abs(a):  # a quarter turn, which swaps x and y
             image, a, d = image.transpose(1, 0, 2), c, b
         image = np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
@@ -552,12 +557,12 @@ def write_cache(clips, out, vae, t5, distributed=None):
     share = range(len(clips))[d.rank :: d.world_size]
     rows = [row for row in share if not is_encoded(files[row], stamps[row])]
     with ThreadPoolExecutor() as pool:  # FFmpeg releases the GIL
-        reads = (pool.submit(clips.__getitem__, row) for row in rows)
+        reads = (pool.submit(clips.__getitem__, row) for row in rows)  # submitted when asked for
         ahead = deque(islice(reads, 16))  # read while others are encoded, at most 16
         for row in progress(rows, f"encoding {out}"):
             frames = ahead.popleft().result()
             ahead.extend(islice(reads, 1))
-            files[row].unlink(missing_ok=True)
+            files[row].unlink(missing_ok=True)  # should the clip now be unreadable
             if frames is None:
                 continue
             generator = keyed_generator(settings["seed"], "posterior", row)
@@ -593,7 +598,8 @@ def is_encoded(file, stamp):
     if not file.exists():
         return False
     with safe_open(file, "pt") as tensors:
-        return (tensors.metadata() or {}).get("stamp") == stamp
+        # Without its file, which may be on another machine, the cached clip counts.
+        return stamp is None or (tensors.metadata() or {}).get("stamp") == stamp
 
 
 class LatentCache:
@@ -667,7 +673,7 @@ def coverage(shape, center, radius, size):
     elif shape == "square":
         distance = torch.maximum(x.abs(), y.abs()) - radius * math.sqrt(math.pi) / 2
     else:  # an equilateral triangle, point up
-        inner = radius * INNER  # radius of its inscribed circle
+        inner = radius * INNER  # radius of its inscribed circle: distance of all three sides
         distance = torch.maximum(y, (math.sqrt(3) * x.abs() - y) / 2) - inner
     return (0.5 - distance).clamp(0, 1)
 
@@ -710,9 +716,11 @@ def fit_shapes(covered):
     and with its area. Returns intersection over union [shapes, T], centers [T, 2], areas [T].
     """
     size = covered.shape[-1]
-    pixel, area = torch.arange(size) + 0.5, covered.sum((1, 2)).clamp(min=1e-6)
+    pixel = torch.arange(size) + 0.5
+    area = covered.sum((1, 2)).clamp(min=1e-6)  # [T]
     center = torch.stack([(covered.sum(1) * pixel).sum(1), (covered.sum(2) * pixel).sum(1)], 1)
-    center, radius = center / area[:, None], (area / math.pi).sqrt()[:, None, None]
+    center = center / area[:, None]  # [T, 2]
+    radius = (area / math.pi).sqrt()[:, None, None]
     ideals = torch.stack([coverage(shape, center, radius, size) for shape in SHAPES])
     iou = torch.minimum(ideals, covered).sum((2, 3)) / torch.maximum(ideals, covered).sum((2, 3))
     return iou, center, area
@@ -728,6 +736,7 @@ def detect(video):
     T, _, _, size = video.shape
     offset = video.float() - torch.tensor(BACKGROUND).view(3, 1, 1)  # [T, 3, H, W]
     strength = offset.norm(dim=1)  # [T, H, W]
+    # pixels above 60% of the 99th percentile
     strong = strength > 0.6 * strength.flatten().kthvalue(int(0.99 * strength.numel())).values
     if strength.median() > 40:
         return None  # no plain background
@@ -747,7 +756,7 @@ def detect(video):
     velocity = (center * time).sum(0) / time.square().sum()  # [2]  least squares, pixels per clip
     residual = (center - center.mean(0) - time * velocity).norm(dim=1).mean()
     direction = max(DIRECTIONS, key=lambda d: velocity @ torch.tensor(DIRECTIONS[d]).float())
-    across = (velocity * torch.tensor(DIRECTIONS[direction][::-1])).norm()  # the other coordinate
+    across = (velocity * torch.tensor(DIRECTIONS[direction][::-1])).norm()  # [::-1]: the other axis
     if velocity.norm() < size / 8:
         return None  # too slow
     if across > 0.4 * velocity.norm() or residual > size / 16:
@@ -840,7 +849,7 @@ def run_command(main):
     try:
         main()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("LOCAL_RANK", "0")
         if rank == "0" or dist.is_initialized():  # before, all ranks have the same error
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -856,14 +865,14 @@ def keyed_generator(*key):
     checkpoints need no generator state.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # positive
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # below 2^63
 
 
 def atomic_write(path, write):
     """Call write(temporary path), then rename, so that `path` is never half-written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{os.environ.get('RANK', 0)}.{path.name}")
+    tmp = path.with_name(f".{os.environ.get('RANK', 0)}.{os.getpid()}.{path.name}")
     write(tmp)
     os.replace(tmp, path)
 

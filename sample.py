@@ -56,8 +56,8 @@ class Schedule(NamedTuple):
     sigma_prev: torch.Tensor  # [N]  0 at index 0
     posterior_mean_coef1: torch.Tensor  # [N]  of x_0 in the mean of q(x_{t-1} | x_t, x_0)
     posterior_mean_coef2: torch.Tensor  # [N]  of x_t (DDPM, eq. 7)
-    log_betas: torch.Tensor  # [N]  log variance of a reverse step at var = 1
-    posterior_log_variance: torch.Tensor  # [N]  at var = -1: log beta-tilde
+    log_betas: torch.Tensor  # [N]  log variance of a reverse step: its upper bound
+    posterior_log_variance: torch.Tensor  # [N]  log beta-tilde: its lower bound
 
     def to(self, device):
         return Schedule(self.timesteps.to(device), *(t.float().to(device) for t in self[1:]))
@@ -65,8 +65,8 @@ class Schedule(NamedTuple):
 
 def schedule_from_timesteps(timesteps):
     """Return the Schedule of a subset of the training timesteps: int64 [N], ascending, N >= 2."""
-    betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0)[timesteps]
+    train_betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
+    alphas_cumprod = torch.cumprod(1 - train_betas, dim=0)[timesteps]
     alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     betas = 1 - alphas_cumprod / alphas_cumprod_prev
     variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)  # beta-tilde
@@ -95,8 +95,8 @@ TRAIN_SCHEDULE = make_schedule(1000)
 
 
 def extract(table, t, x):
-    """Return table[t], shaped to multiply x [B, C, T, H, W]. t, here and below: indices into a
-    schedule [B], or an int. In the training schedule an index is the timestep.
+    """Return table[t], shaped to multiply x [B, C, T, H, W]. t, here and in the loss: indices into
+    a schedule [B], or an int. In the training schedule an index is the timestep.
     """
     return table[t].to(x).view(-1, 1, 1, 1, 1)
 
@@ -137,8 +137,8 @@ def log_variance(schedule, var, t):
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Return a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the VLB at t, in bits per dimension. v1 trains on their sum. (IDDPM has 0.001 times the
-    sum of the VLB over 1000 steps, which is its mean over t.)
+    term of the VLB at t, in bits per dimension. v1 trains on their sum. (So does IDDPM:
+    mse + 0.001 * a sum of 1000 terms is mse + their mean over t.)
 
     out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
@@ -151,7 +151,7 @@ def diffusion_loss(schedule, out, x0, x_t, t, noise):
     true_log_var = extract(schedule.posterior_log_variance, t, x_t)  # of q(x_{t-1} | x_t, x_0)
     mean_term = (true_mean - mean).square() * (-log_var).exp()
     variance_term = log_var - true_log_var + (true_log_var - log_var).exp() - 1
-    kl = 0.5 * (variance_term + mean_term)  # of q(x_{t-1} | x_t, x_0) from the prediction
+    kl = 0.5 * (variance_term + mean_term)  # KL(q(x_{t-1} | x_t, x_0) || prediction)
     nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var)
     vlb = torch.where((t == 0).view(-1, 1, 1, 1, 1), nll, kl) / math.log(2)
     return {"mse": mse, "vlb": vlb.flatten(1).mean(1)}
@@ -161,6 +161,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
     """Return the log probability of a bin of width 2/255 around x; the outer bins extend to
     infinity (DDPM, eq. 13). It suits pixels in [-1, 1] rather than latents, but v1 has it.
     """
+    # ndtr is the CDF of the standard normal
     upper = torch.special.ndtr((x - mean + 1 / 255) * (-log_std).exp())
     lower = torch.special.ndtr((x - mean - 1 / 255) * (-log_std).exp())
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
@@ -172,8 +173,8 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 #
 # A step computes x_{t-1} from x_t and the predicted noise. DDPM samples from the predicted
 # Gaussian. DDIM adds no noise and needs fewer steps: it integrates the probability-flow ODE, whose
-# x_t have the same distribution at every t. DPM-Solver++ integrates it to second order,
-# extrapolating x_0 from its last two predictions.
+# solutions x_t are distributed at every t as those of q_sample. DPM-Solver++ integrates it to
+# second order, extrapolating x_0 from its last two predictions.
 #
 # A step names the arguments that it uses, and returns x, one step closer to x_0:
 #     i        index into the schedule
@@ -208,8 +209,9 @@ def dpm_step(schedule, i, x, x0, x0_last, **_):
         lambdas = (schedule.alpha / schedule.sigma).log()  # [N]
         h = lambdas[i - 1] - lambdas[i]
         h_last = lambdas[i] - lambdas[i + 1]
-        x0 = x0 + 0.5 * h / h_last * (x0 - x0_last)
+        x0 = x0 + 0.5 * h / h_last * (x0 - x0_last)  # the paper's r is h_last / h
     sigma_ratio = schedule.sigma_prev[i] / schedule.sigma[i]
+    # = sigma_ratio x + alpha_prev (1 - exp(-h)) x0
     return sigma_ratio * x + (schedule.alpha_prev[i] - sigma_ratio * schedule.alpha[i]) * x0
 
 
@@ -242,8 +244,8 @@ def predict_noise_and_variance(model, x, t, y, mask, guidance, v1_guidance=False
     """Return the guided eps and the variance channels, [B, C, T, H, W] each, for x
     [B, C, T, H, W] at timestep t (scalar tensor).
 
-    y [2B, L, E], mask [2B, L]: B captions, then B null captions; with guidance 1 only the first B
-    are read. The variance is that of the captions. v1_guidance: guide 3 of the 4 channels, as v1
+    y [2B, L, E], mask [2B, L]: B captions, then B null captions; with guidance 1 the captions
+    are enough. The variance is that of the captions. v1_guidance: guide 3 of the 4 channels, as v1
     does (and DiT, which v1's code follows).
     """
     B = len(x)
@@ -282,7 +284,7 @@ def sample_latents(
     schedule = make(steps)
     timesteps = schedule.timesteps.tolist()  # on the CPU: comparing must not wait for the GPU
     schedule = schedule.to(y.device)
-    generators = [keyed_generator(*key) for key in keys]
+    generators = [keyed_generator(*key) for key in keys]  # seeded by a hash of the key
 
     def noise():  # [B, C, T, H, W]
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y.device)
@@ -311,7 +313,7 @@ def video_keys(seed, prompts):
 
 
 def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
-    """Generate and decodes n videos, a list of uint8 [T, 3, H, W] in pixels. y [n, L, E], mask
+    """Generate and decode n videos, a list of uint8 [T, 3, H, W] in pixels. y [n, L, E], mask
     [n, L]. batch_size: videos at a time. keys, shape, options: as for sample_latents().
     """
     device = next(model.parameters()).device
@@ -398,11 +400,9 @@ def newest_checkpoint(run):
 
 def find_weights(source):
     """Return the local folder with the weights of a run of train.py, a folder, or a Hub name."""
-    folder = newest_checkpoint(source) or data.local_folder(source)
+    folder = data.local_folder(source)
     files = ["config.json", "model.safetensors", "sample.json"]
-    help = (
-        "convert released weights by tools/convert_weights.py; a run has weights once it has saved"
-    )
+    help = "convert released weights by tools/convert_weights.py; a run saves every --save-every"
     if folder is None:
         from huggingface_hub import snapshot_download
 
@@ -411,6 +411,7 @@ def find_weights(source):
         except (OSError, ValueError) as error:
             reason = f"could not be downloaded from the Hub ({type(error).__name__})"
             raise UserError(f"{source} is not a local folder, and {reason}; {help}") from None
+    folder = newest_checkpoint(folder) or folder
     found = all((folder / name).is_file() for name in files[:2])
     require(found, f"{source} has no config.json and model.safetensors; {help}")
     return folder
@@ -467,11 +468,11 @@ def resolve(config):
     require(file.is_file(), f"{file} is missing; train.py and tools/convert_weights.py write it")
     settings = json.loads(file.read_text())
     trained = STDiTConfig(**json.loads((folder / "config.json").read_text()))
-    trained_area = settings["size"] * settings["width"]
+    trained_area = settings["size"] * settings["width"]  # before the options replace them
     settings |= {k: v for k, v in vars(config).items() if v is not None}
     if config.size and not config.width:
         settings["width"] = config.size
-    # A video of another size spans the same positions, the rule of train.py.
+    # As in train.derive: the scale grows with the side, the root of the area.
     ratio = math.sqrt(settings["size"] * settings["width"] / trained_area)
     scale = trained.space_scale
     scale = tuple(v * ratio for v in scale) if isinstance(scale, tuple) else scale * ratio
@@ -481,7 +482,7 @@ def resolve(config):
 
 
 def write_videos(out, prompts, videos, fps):
-    """Write each video (uint8 [T, 3, H, W]) and a contact sheet, and prints their names."""
+    """Write each video (uint8 [T, 3, H, W]) and a contact sheet, and print their names."""
     for i, (prompt, video) in enumerate(zip(prompts, videos)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         path = Path(out) / f"{i:02d}_{slug}"
@@ -503,8 +504,8 @@ def main():
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
     SAMPLERS[c.sampler][0](c.steps)  # a bad number of steps fails here, before anything is loaded
     c = resolve(c)
-    device = data.init_distributed(c.device).device
-
+    device, _, world_size = data.init_distributed(c.device)
+    require(world_size == 1, "sample.py runs on one device: start it without torchrun")
     model = load_model(c.weights, space_scale=c.space_scale, time_scale=c.time_scale)
     vae = data.VAE(c.vae, device)
     vae.check_size(c.frames, c.size, c.width, model.config.patch_size)

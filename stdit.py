@@ -7,7 +7,7 @@ Open-Sora v1, "the report" docs/report_01.md in https://github.com/hpcaitech/Ope
 
 Shapes in this file:
     B batch    C latent channels (4)    H, W latent height and width    D hidden size
-    T frames; of tokens, patches along time (as many in v1, where a patch is one frame long)
+    T frames of latents; for tokens, patches along time (equal in v1: a patch is one frame long)
     h, w patches per column and per row    S = h*w patches per frame
     L caption tokens    E caption channels    N tokens that attend to each other
 """
@@ -43,9 +43,7 @@ class STDiTConfig:
     variant: str = "sequential"  # design of the block, a key of BLOCKS; v1: sequential
     space_scale: float | tuple = 1.0  # spatial position = index / scale; a pair is (h, w)
     time_scale: float = 1.0  # temporal position = index / scale
-    embedder_std: float | None = (
-        0.02  # of the initial t_embedder and y_embedder; None: fan_in**-0.5
-    )
+    embedder_std: float | None = 0.02  # initial std in t_embedder, y_embedder; None: fan_in**-0.5
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -61,8 +59,10 @@ MODELS = {
         num_heads=4,
         caption_channels=64,
         caption_length=16,
-        space_scale=0.125,  # 4x4 patches (64x64 pixels) span the positions of 32x32 (512x512),
-        time_scale=0.25,  # 8 frames those of 32: closer positions have nearly equal embeddings
+        # Neighboring positions have nearly equal embeddings, so 4x4 patches are spread over the
+        # positions of 32x32 (512x512 pixels), and 8 frames over those of 32.
+        space_scale=0.125,
+        time_scale=0.25,
         embedder_std=None,  # 0.02 suits a width of 1152 (tutorial, section 10)
     ),
 }
@@ -121,19 +121,18 @@ class SelfAttention(nn.Module):
         if pos is not None:
             x = x + pos
         T, S = x.shape[1:3]
-        x = rearrange(x, f"b t s d -> {self.pattern}")  # [B*T*S/N, N, D]
+        x = rearrange(x, f"b t s d -> {self.pattern}")  # [sequences, N, D]
         qkv = rearrange(
             self.qkv(x), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads
         )
-        x = F.scaled_dot_product_attention(*qkv)  # [B*T*S/N, heads, N, D/heads]
-        x = self.proj(rearrange(x, "b heads n d -> b n (heads d)"))  # [B*T*S/N, N, D]
+        x = F.scaled_dot_product_attention(*qkv)  # [sequences, heads, N, D/heads]
+        x = self.proj(rearrange(x, "b heads n d -> b n (heads d)"))  # [sequences, N, D]
         return rearrange(x, f"{self.pattern} -> b t s d", t=T, s=S)
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention from the tokens of a video to those of its caption. Frames are folded
-    into the batch because the backward pass of fused attention is parallel over batch, heads and
-    keys: 120 keys for all T*S queries would leave most of a GPU idle (not measured).
+    into the batch, where fused attention is parallel; its backward pass is not over queries.
     """
 
     def __init__(self, dim, heads):
@@ -149,7 +148,7 @@ class CrossAttention(nn.Module):
         """
         T = x.shape[1]
         q = rearrange(self.q_linear(x), "b t s (heads d) -> (b t) heads s d", heads=self.heads)
-        kv = self.kv_linear(y).repeat_interleave(T, dim=0)  # [B*T, L, 2D]
+        kv = self.kv_linear(y).repeat_interleave(T, dim=0)  # [B*T, L, 2D], in the order (b t)
         k, v = rearrange(kv, "bt l (kv heads d) -> kv bt heads l d", kv=2, heads=self.heads)
         if mask is not None:
             mask = mask.repeat_interleave(T, dim=0)[:, None, None]  # [B*T, 1, 1, L]
@@ -187,8 +186,9 @@ def split_rows(table):
 # ---------------------------------------------------------------------------------------------
 # The block
 #
-# Full attention over the T*S tokens of a video costs (T*S)^2. STDiT attends within each frame (S^2)
-# and then, for each patch, across frames (T^2): information still passes between any two tokens.
+# Full attention over the T*S tokens of a video costs (T*S)^2. STDiT attends within each frame (S^2,
+# T times) and then for each patch across frames (T^2, S times): information still passes between
+# any two tokens.
 # The rest is PixArt-alpha's block: shift, scale and gate from the timestep (one MLP shared by all
 # blocks plus a table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to
 # the caption, MLP. The output projection of temporal attention starts at zero: with PixArt-alpha's
@@ -216,9 +216,7 @@ class STDiTBlock(nn.Module):
             self.scale_shift_table + mod
         )
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
-        x = x + gate_a * self.attn_temp(
-            x, pos
-        )  # no norm, the same gate: as in the released weights
+        x = x + gate_a * self.attn_temp(x, pos)  # no norm, gate_a again: as v1
         x = x + self.cross_attn(x, y, mask)  # neither norm nor gate
         return x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
@@ -227,7 +225,7 @@ class STDiTBlock(nn.Module):
 
 
 class ParallelBlock(STDiTBlock):
-    """Spatial and temporal attention read the same tokens. Loads STDiTBlock's weights."""
+    """Both attentions start from the same x. The weights are those of STDiTBlock."""
 
     def forward(self, x, y, mask, mod, pos=None):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
@@ -251,7 +249,7 @@ class FullBlock(STDiTBlock):
 
     def __init__(self, config):
         super().__init__(config)
-        self.attn.sequences = "b (t s) d"
+        self.attn.pattern = "b (t s) d"
         del self.attn_temp  # full attention needs no second one
 
     def forward(self, x, y, mask, mod, pos=None):
@@ -300,8 +298,8 @@ BLOCKS = dict(sequential=STDiTBlock, parallel=ParallelBlock, full=FullBlock, lat
 
 class PatchEmbedder(nn.Module):
     """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. self.proj is
-    a Conv3d for the shape of the released weight; as a linear layer it stays in fp32, while
-    convolutions on CUDA use TF32.
+    a Conv3d for the shape of the released weight. It is applied as a linear layer, because torch's
+    default on CUDA is TF32 for convolutions and fp32 for matrix products.
     """
 
     def __init__(self, config):
@@ -319,7 +317,7 @@ class PatchEmbedder(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Timesteps [B], 0 to 999, to [B, D]: an MLP on a sinusoidal embedding of 256 channels. The
     cosines come first, as in the released weights (in the position embeddings the sines do).
-    All in fp32: of the 1000 timesteps only 507 are distinct in bf16.
+    The angles are in fp32: of the 1000 timesteps only 507 are distinct in bf16.
     """
 
     def __init__(self, dim):
@@ -431,8 +429,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         t_emb = self.t_embedder(t)  # [B, D]
         mod = self.t_block(t_emb).unflatten(1, (6, D))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
-        with autocast(x.device):
-            for i, block in enumerate(self.blocks):  # as in v1, only the first one is given pos
+        with autocast(x.device):  # x stays fp32: fp32 + gate (fp32) * branch (bf16)
+            for i, block in enumerate(self.blocks):  # as in v1, pos goes to block 0 alone
                 x = block(x, y, mask, mod, pos if i == 0 else None)  # [B, T, S, D]
         return self.final_layer(x, t_emb, h, w)  # [B, 2C, T, H, W]
 
@@ -445,7 +443,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
 
 
 def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mesh=None):
-    """Prepare a model for training at scale, in place. Sampling uses the EMA copy, made before.
+    """Prepare a model for training at scale, in place. Sampling uses the EMA copy, made
+    before this call (train.create_model).
 
     activation_checkpointing: what a block keeps for the backward pass. "none": everything. "full":
     its inputs, and the block is computed again. "selective": also the outputs of matrix products,
@@ -460,12 +459,12 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
         kinds = ("flash_attention", "cudnn_attention", "efficient_attention")
         names = [f"_scaled_dot_product_{k}" for k in (*kinds, "flash_attention_for_cpu")]
         saved = [getattr(aten, name).default for name in ("mm", "addmm", *names)]
-        saved.append(torch.ops._dtensor.shard_dim_alltoall.default)
+        saved.append(torch.ops._dtensor.shard_dim_alltoall.default)  # of shard_frames
         options["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
     for block in model.blocks:
         if activation_checkpointing != "none":
-            # A nested function: torch.compile (2.14.1) silently ignores a functools.partial. It
-            # wraps checkpoint; the other order raises.
+            # A nested function, since torch.compile (2.14.1) silently ignores a functools.partial.
+            # Checkpoint inside compile: checkpoint around a compiled block raises.
             def forward(*inputs, compute=block.forward):
                 return checkpoint(compute, *inputs, **options)
 
@@ -495,21 +494,31 @@ def shard_frames(model, mesh):
     Only temporal attention needs all frames. Before it an all-to-all gathers frames and scatters
     patches, and after it another one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266).
     Each process is given the whole video and returns the whole prediction, but its gradients of the
-    weights cover its own frames alone: their sum over processes is the gradient. n must divide T
-    and S. For the designs sequential and parallel.
+    weights cover its own frames alone: their sum over processes is the gradient (train_step). n
+    must divide T and S. For the designs sequential and parallel.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor import parallel as tp
 
-    whole, of_latents = Replicate(), Shard(2)  # frames of latents [B, C, T, H, W]
-    frames, patches = Shard(1), Shard(2)  # of tokens [B, T, S, D]
-    split = dict(input_layouts=whole, desired_input_layouts=of_latents)
-    gather = dict(output_layouts=of_latents, desired_output_layouts=whole)
-    exchange = dict(input_layouts=(frames, None), desired_input_layouts=(patches, None))  # x, pos
-    exchange |= dict(output_layouts=patches, desired_output_layouts=frames, use_local_input=True)
+    whole = Replicate()
     plan = {
-        "x_embedder": tp.PrepareModuleInput(**split, use_local_output=True),
-        "blocks.*.attn_temp": tp.PrepareModuleInputOutput(**exchange, use_local_output=True),
-        "final_layer": tp.PrepareModuleOutput(**gather, use_local_output=True),
+        # latents [B, C, T, H, W]: from the whole video to the frames of this process
+        "x_embedder": tp.PrepareModuleInput(
+            input_layouts=whole, desired_input_layouts=Shard(2), use_local_output=True
+        ),
+        # tokens [B, T, S, D] (and pos as it is): from frames to patches, and back; the module sees
+        # plain tensors of this process
+        "blocks.*.attn_temp": tp.PrepareModuleInputOutput(
+            input_layouts=(Shard(1), None),
+            desired_input_layouts=(Shard(2), None),
+            use_local_input=True,
+            output_layouts=Shard(2),
+            desired_output_layouts=Shard(1),
+            use_local_output=True,
+        ),
+        # the prediction [B, 2C, T, H, W]: from the frames of this process to the whole video
+        "final_layer": tp.PrepareModuleOutput(
+            output_layouts=Shard(2), desired_output_layouts=whole, use_local_output=True
+        ),
     }
     tp.parallelize_module(model, mesh, plan)

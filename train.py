@@ -47,9 +47,8 @@ from stdit import BLOCKS, MODELS, STDiT, set_up_scaling
 # ---------------------------------------------------------------------------------------------
 # Configuration
 #
-# TrainConfig holds all options of a run; tyro turns its fields into command-line options. Its
-# defaults are the first stage of Open-Sora v1; those of the command line are the preset's, without
-# --preset the toy's.
+# TrainConfig holds all options of a run; tyro turns its fields into command-line options. Without
+# arguments it is the first stage of Open-Sora v1. The command line starts from a preset, the toy.
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,16 @@ class TrainConfig:
     drop_caption: float = 0.1  # fraction of captions replaced by the null caption, for guidance
     t_std: float | None = None  # timesteps are 1000 sigmoid(t_mean + t_std * normal); None: uniform
     t_mean: float = 0.0  # see t_std
-    min_snr: float | None = None  # loss weights min(1, min_snr / SNR), see loss_weights; None: 1
+    min_snr: float | None = (
+        None  # loss weights min(1, min_snr / SNR), see loss_weights; None: all 1
+    )
     seed: int = 0  # random seed
     # hardware
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
     sp: int = 1  # processes that share each video (sequence parallelism)
     activation_checkpointing: Literal["none", "selective", "full"] = "full"  # see set_up_scaling
     compile: bool = True  # torch.compile the blocks
-    # output; 0 steps between means: only at the end of the run
+    # output; an interval of 0: only at the end of the run
     log_every: int = 10  # steps between lines of metrics.jsonl; losses are those of one step
     eval_every: int = 500  # steps between validation losses
     sample_every: int = 1500  # steps between sample videos, always of the same captions and noise
@@ -107,8 +108,8 @@ class TrainConfig:
     output_fps: int = 8  # frames per second of sample videos
 
 
-# The stages of v1, each from the EMA weights of the one before. At stride 2, frames are 2/3 as far
-# apart as at 3, and position = index / scale, so the time scale is 3/2 (v1 has 2/3, a mistake).
+# The stages of v1, each from the EMA weights of the one before. time_scale 1.5: index 3 at stride 2
+# is at the time of index 2 at stride 3. (v1 has 2/3, which stretches time.)
 STAGE1 = TrainConfig()
 STAGE2 = replace(STAGE1, init="out/16x256x256", steps=24_000)  # on clips of higher quality
 STAGE3 = replace(STAGE1, init="out/16x256x256-hq", size=512, steps=20_000, batch_size=128)
@@ -127,7 +128,7 @@ TOY = TrainConfig(
     frames=8,
     size=64,
     stride=1,
-    steps=2000,
+    steps=3000,
     batch_size=16,
     micro_batch=None,
     t_std=1.0,  # fewer timesteps at the ends
@@ -136,6 +137,7 @@ TOY = TrainConfig(
     activation_checkpointing="none",
     compile=False,  # on a CPU the toy's steps take as long compiled
     log_every=50,
+    sample_every=500,
     sample_steps=10,
     guidance=3.0,
     guidance_min_t=600,  # at small t guidance distorts the shapes
@@ -210,12 +212,15 @@ def draw(rand, seed, purpose, keys, *shape):
 
 
 def draw_timesteps(config, indices):
-    """Draw timesteps [B], 0 to 999: uniform, or logit-normal (arXiv 2403.03206)."""
-    if config.t_std is None:
-        u = draw(torch.rand, config.seed, "timestep", indices)
-    else:
-        normal = draw(torch.randn, config.seed, "timestep", indices)
-        u = torch.sigmoid(config.t_mean + config.t_std * normal)
+    """Draw timesteps [B], 0 to 999: uniform, or logit-normal (arXiv 2403.03206). They are
+    stratified: sample k of a step is drawn from the k-th of batch_size equal parts of [0, 1), so
+    the timesteps of a step are spread evenly, and its mean loss varies less from step to step.
+    """
+    u = draw(torch.rand, config.seed, "timestep", indices)
+    stratum = torch.tensor([index % config.batch_size for index in indices])
+    u = (stratum + u) / config.batch_size
+    if config.t_std is not None:
+        u = torch.sigmoid(config.t_mean + config.t_std * torch.special.ndtri(u))
     return (1000 * u).long().clamp(max=999)
 
 
@@ -232,7 +237,7 @@ def training_batch(config, stream, indices):
 
 def indices_from(step, batch_size, B, dp_rank, dp_size):
     """Yield the indices of each micro-batch of a process, from a step on. With batch_size 8, B 2
-    and 2 processes, rank 0 gets 0-1 and 4-5, rank 1 gets 2-3 and 6-7, then 8-9 and so on.
+    and 2 processes, rank 0 gets 0-1, 4-5, and in the next step 8-9, 12-13; rank 1 gets 2-3, 6-7.
     """
     for first in count(step * batch_size + dp_rank * B, batch_size):
         yield from (range(i, i + B) for i in range(first, first + batch_size, B * dp_size))
@@ -279,7 +284,7 @@ class Run:
 
 
 def train_step(run):
-    """Do one optimizer step. Returns the means of loss, MSE and VLB over the process's samples of
+    """Do one optimizer step. Return the means of loss, MSE and VLB over the process's samples of
     the step, [3], and the norm of the gradient.
     """
     c = run.config
@@ -290,8 +295,8 @@ def train_step(run):
         no_sync = run.ddp_model is not run.model and k < run.micro_batches - 1
         with run.ddp_model.no_sync() if no_sync else nullcontext():
             loss_mse_vlb = training_loss(run, *batch) / run.micro_batches  # [3]
-            # The sp processes that share a video have gradients of different frames. Their sum is
-            # needed, not DDP's mean.
+            # DDP takes the mean over dp * sp processes. Needed is the mean over dp of the sums over
+            # sp, since processes that share a video have the gradients of their own frames.
             (loss_mse_vlb[0] * c.sp).backward()
         losses += loss_mse_vlb.detach()
     params = [p for p in run.model.parameters() if p.requires_grad]
@@ -302,7 +307,7 @@ def train_step(run):
         update_ema(c, run.step, run.ema, run.model)
     else:
         print0(f"step {run.step + 1}: skipped, its gradient norm is {grad_norm}")
-    run.optimizer.zero_grad(set_to_none=False)  # gradients are views of DDP's buckets
+    run.optimizer.zero_grad(set_to_none=False)  # None would drop DDP's buckets (start_run)
     return losses, grad_norm
 
 
@@ -331,7 +336,7 @@ def drop_captions(y, mask, drop, null):
 def loss_weights(config, schedule, t):
     """Return Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4,
     prediction of noise). The content of a video is decided at large t, where the loss is hundreds
-    of times smaller than at small t (see the validation losses of a run).
+    of times smaller than at small t (see the validation losses of a run): small t is weighted less.
     """
     snr = (schedule.alpha[t] / schedule.sigma[t]).square()  # [B]
     return (config.min_snr / snr).clamp(max=1) if config.min_snr else torch.ones_like(snr)
@@ -407,7 +412,7 @@ PEAK = {"A100": 312e12, "H100": 990e12, "H200": 990e12, "B200": 2250e12}  # FLOP
 
 
 def log_step(run, losses, grad_norm, clips_per_second):
-    """Print the losses of this step, averaged over processes, and writes them to metrics.jsonl. On
+    """Print the losses of this step, averaged over processes, and write them to metrics.jsonl. On
     CUDA also tokens per second, the share of the GPUs' peak rate and memory.
     """
     c, d = run.config, run.distributed
@@ -450,7 +455,7 @@ def cost_of_clip(config):
 
 
 def evaluate(run):
-    """Print the validation loss, writes it to metrics.jsonl and plots it."""
+    """Print the validation loss, write it to metrics.jsonl and plot it."""
     losses = validation_loss(run)
     text = "  ".join(f"{loss:.4f}" for loss in losses)
     print0(f"step {run.step}  validation loss by t: {text}")
@@ -484,7 +489,7 @@ def validation_loss(run):
 
 
 def write_samples(run):
-    """Generate sample videos, shared among processes, and writes the first num_samples as a
+    """Generate sample videos, shared among processes, and write the first num_samples as a
     contact sheet and next to each other as a GIF, or above 128 pixels as an MP4.
     """
     c, d, validation = run.config, run.distributed, run.validation
@@ -500,7 +505,8 @@ def write_samples(run):
         videos = sample.generate(run.ema, run.vae, y, mask, keys[share], x0.shape[1:], **options)
     shares = data.all_gather(videos)
     if d.rank == 0:
-        videos = [shares[i % d.world_size][i // d.world_size] for i in range(len(rows))]
+        n = d.world_size  # undo the slices [rank::n]
+        videos = [shares[i % n][i // n] for i in range(len(rows))]
         shown = videos[: c.num_samples]
         path = Path(c.out) / "samples" / f"step_{run.step:08d}"
         sample.write_sheet(path.with_suffix(".png"), shown, captions)
@@ -521,6 +527,7 @@ def sample_rows(config, validation, last):
         return validation.rows[: config.num_samples]
     unseen = [data.LABELS.index(label) for label in data.UNSEEN]
     seen = [data.LABELS.index(label) for label in data.SEEN]
+    # two of each and six more of the unseen
     return 2 * (unseen + seen) + 6 * unseen if last else unseen + seen
 
 
@@ -581,8 +588,8 @@ def plot_losses(out):
 
 
 def save_checkpoint(run):
-    """Write out/checkpoints/step_N beside the others and renames it, so that it is never
-    half-written. Deletes all but the newest keep_checkpoints. Rank 0 does; the others wait.
+    """Write out/checkpoints/tmp and rename it step_N, so that a checkpoint is never half-written.
+    Delete all but the newest keep_checkpoints. Rank 0 writes, the others wait.
     """
     c = run.config
     if run.distributed.rank == 0:
@@ -606,12 +613,12 @@ def save_checkpoint(run):
 
 
 def load_checkpoint(folder, model, ema, optimizer, data_settings):
-    """Load the state of a run and returns its step. UserError if its data, network or trainable
+    """Load the state of a run and return its step. UserError if its data, network or trainable
     weights were others. The options of the optimizer may be new.
     """
     state = json.loads((folder / "state.json").read_text())
     found = state["data"], json.loads((folder / "config.json").read_text())
-    expected = data_settings, json.loads(json.dumps(asdict(model.config)))
+    expected = data_settings, json.loads(json.dumps(asdict(model.config)))  # tuples as lists
     for old, new, name in zip(found, expected, ("data", "options of the network")):
         changed = [f"{k} {old.get(k)}" for k in new if old.get(k) != new[k]]
         other = f"{folder} was trained with other {name} ({', '.join(changed)})"
@@ -633,7 +640,7 @@ def load_checkpoint(folder, model, ema, optimizer, data_settings):
 
 
 def start_run(config, distributed):
-    """Open the data, creates or loads the model, and sets up several processes."""
+    """Open the data, create or load the model, and set up several processes."""
     c, d = derive(config), distributed
     check_options(c, d)
     training, validation = open_data(c, d)
@@ -646,8 +653,7 @@ def start_run(config, distributed):
     print0(f"{d.world_size} process(es) on {d.device}")
     if d.rank == 0:
         Path(c.out).mkdir(parents=True, exist_ok=True)
-        lines = read_metrics(c.out) if step else []  # those that will not be written again
-        lines = [m for m in lines if m["step"] < step or m["step"] == step and "loss" in m]
+        lines = [m for m in read_metrics(c.out) if m["step"] <= step] if step else []
         (Path(c.out) / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
 
     dp_size = d.world_size // c.sp
@@ -731,7 +737,7 @@ def open_data(config, distributed):
         caches = [open_cache(path, c) for path in toy_caches(c, distributed)]
         return [Stream(cache, range(len(cache)), c.seed) for cache in caches]
     cache = open_cache(c.data, c)
-    order = permutation(0, len(cache), epoch=-1)  # the same for every seed
+    order = permutation(0, len(cache), epoch=-1)  # of no epoch, and the same for every seed
     held_out = min(len(cache) // 20, 64)
     validation_rows = order[:held_out] or order  # with fewer than 20 clips: the training clips
     return [Stream(cache, rows, c.seed) for rows in (order[held_out:], validation_rows)]
@@ -750,7 +756,7 @@ def open_cache(path, config):
 
 
 def toy_caches(config, distributed):
-    """Make the toy's two caches next to the run's folder, or checks those that exist. Returns
+    """Make the toy's two caches next to the run's folder, or check those that exist. Returns
     their paths, for training and validation.
     """
     c, model = config, MODELS[config.model]
@@ -774,14 +780,15 @@ def toy_caches(config, distributed):
 def parse_command_line(argv=None):
     """Return the TrainConfig of a command line. --preset, --out and --resume are parsed first,
     because they determine the defaults: those of the preset, or the options of the run to resume.
-    A resumed run may change its steps, intervals, optimizer options and hardware; another data set,
-    network or choice of trainable weights is an error.
+    A resumed run may change its steps, intervals, optimizer options and hardware. Another data set,
+    network or choice of trainable weights is an error; another seed or batch size gives others of
+    the samples.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--out")
-    args, _ = first.parse_known_args(argv)
+    args, _ = first.parse_known_args(argv)  # only to find the defaults
     out = args.out or f"out/{args.preset}"
     default = replace(PRESETS[args.preset], preset=args.preset, out=out)
     checkpoint = sample.newest_checkpoint(out)

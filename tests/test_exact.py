@@ -409,4 +409,4 @@ def test_bf16_encoders_stay_within_bf16s_rounding_and_have_the_same_fingerprint(
         assert found.dtype == torch.float32 and not torch.equal(found, expected)
         # 0.4% per product, over a dozen layers
         assert ((found - expected).norm() / expected.norm()).item() < 0.05
-    assert data.fingerprint(vae, t5) == data.fingerprint(*encoders)
+    assert data.hash_encoders(vae, t5) == data.hash_encoders(*encoders)

@@ -136,12 +136,18 @@ def test_draws_depend_on_seed_and_index_alone():
         assert not torch.equal(draw(replace(config, seed=1), range(16)), whole)
 
 
-def test_timesteps_are_uniform_or_logit_normal():
-    t = train.draw_timesteps(TrainConfig(), range(5000)).float()
-    assert abs(t.mean() - 499.5) < 13 and t.min() < 3 and t.max() > 996  # three standard errors
-    t = train.draw_timesteps(TrainConfig(t_mean=0.4, t_std=0.8, seed=1), range(5000)).float()
+def test_timesteps_of_a_step_are_spread_evenly():
+    uniform = TrainConfig(batch_size=32)
+    for step in (0, 24):
+        t = train.draw_timesteps(uniform, range(32 * step, 32 * step + 32))
+        assert (
+            t * 32 // 1000 - torch.arange(32)
+        ).abs().max() <= 1  # one in each part, rounded down
+    t = train.draw_timesteps(uniform, range(6400)).float()
+    assert abs(t.mean() - 499.5) < 2 and t.min() < 3 and t.max() > 996
+    t = train.draw_timesteps(replace(uniform, t_mean=0.4, t_std=0.8), range(6400)).float()
     logit = torch.logit((t + 0.5) / 1000)
-    assert abs(logit.mean() - 0.4) < 0.035 and abs(logit.std() - 0.8) < 0.025
+    assert abs(logit.mean() - 0.4) < 0.01 and abs(logit.std() - 0.8) < 0.01
 
 
 def test_the_next_batch_is_read_while_this_one_is_used():
