@@ -326,7 +326,7 @@ def decoded_frames(container, stream, times):
 def to_rgb(frame, stream):
     """A frame as players show it, uint8 [3, H, W]: with square pixels, upright, on white."""
     refuse_hdr(frame)
-    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+    aspect = stream.sample_aspect_ratio or 1
     alpha = any(component.is_alpha for component in frame.format.components)
     # By default FFmpeg would start a thread per core for every frame.
     options = dict(format="rgba" if alpha else "rgb24", threads=1)
