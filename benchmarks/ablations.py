@@ -28,6 +28,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -36,26 +37,31 @@ import tyro
 from designs import about, collect, run_all, summary, tflop_per_step  # first: it sets the path
 
 from data import Distributed
-from sample import load_model
-from train import PRESETS, open_data, validation_loss
+from sample import TRAIN_SCHEDULE, load_model
+from stdit import MODELS
+from train import PRESETS, derive, open_data, validation_loss
 
 SEEDS = (0, 1)
-FOLDER, QUICK = "out/ablations", "out/ablations-quick"
+FOLDER = "out/ablations"
+QUICK = "out/ablations-quick"
+# Also in the processes of run_all, which import this file.
+MODELS["toy-2x2x2"] = replace(MODELS["toy"], patch_size=(2, 2, 2))
+
+# Each experiment is a function that returns {arm: [chain of TrainConfigs per seed]}.
 
 
 def arm(name, seed, quick, steps, **options):
-    """The TrainConfig of one run."""
+    """Returns the TrainConfig of one run."""
     out = f"{QUICK if quick else FOLDER}/{name}-{seed}"
-    often = {"eval_every": 100, "sample_every": steps, "save_every": 500, "keep_checkpoints": 1}
-    options = {"seed": seed, "out": out, "steps": steps} | often | options
+    often = dict(eval_every=100, sample_every=steps, save_every=500, keep_checkpoints=1)
+    options = dict(seed=seed, out=out, steps=steps) | often | options
     if quick:
-        options |= {"steps": min(steps, 4), "sample_steps": 2, "toy_clips": 84, "warmup": 1}
-        options["compile"] = False
-    return replace(PRESETS["toy"], **options)
+        options |= dict(steps=min(steps, 4), sample_steps=2, toy_clips=84, warmup=1)
+    return replace(PRESETS["toy"], preset="toy", **options)
 
 
 def zero(quick, seeds, jobs):
-    """A5 -> {arm: [chains of TrainConfigs]}."""
+    """A5: temporal projections at zero, or random."""
     options = {"steps": 1500, "frames": 1, "num_samples": 0, "eval_every": 500}
     images = [arm("images", s, quick, **options) for s in seeds]
     run_all(images, jobs)
@@ -75,16 +81,18 @@ def zero(quick, seeds, jobs):
 
 
 def at_step_0(config):
-    """The validation loss of a run before its first step."""
-    distributed = Distributed("cpu")
-    _, validation = open_data(config, distributed)
-    return validation_loss(config, load_model(config.init), validation, distributed)
+    """Returns the validation loss of a run before its first step."""
+    c = derive(config)
+    _, validation = open_data(c, Distributed())
+    run = dict(config=c, distributed=Distributed(), validation=validation, ema=load_model(c.init))
+    return validation_loss(SimpleNamespace(**run, schedule=TRAIN_SCHEDULE.to("cpu")))
 
 
 def patches(quick, seeds, jobs):
-    """A7 -> {arm: [chains of TrainConfigs]}."""
-    arms, sizes = {}, {"1x2x2": ("toy", 900), "2x2x2": ("toy-2x2x2", 900)}
+    """A7: patches of 1x2x2, or of 2x2x2."""
+    sizes = {"1x2x2": ("toy", 900), "2x2x2": ("toy-2x2x2", 900)}
     sizes["2x2x2, twice the steps"] = ("toy-2x2x2", 1800)
+    arms = {}
     for name, (model, steps) in sizes.items():
         options = {"model": model, "steps": steps, "num_samples": 0}
         out = name.replace(", ", "-").replace(" ", "-")
@@ -93,7 +101,7 @@ def patches(quick, seeds, jobs):
 
 
 def progressive(quick, seeds, jobs):
-    """T1 -> {arm: [chains of TrainConfigs]}."""
+    """T1: small videos first, or large ones at once."""
     small = {"size": 32, "steps": 800, "num_samples": 0}
     large = {"size": 64, "num_samples": 0, "lr": 1e-3, "warmup": 20}
     long = large | {"frames": 16, "time_scale": 0.5, "output_fps": 16}

@@ -25,7 +25,7 @@ import torch
 import tyro
 from speed import Latte, about, add_flops, compare, flops_per_clip, make, table  # sets the path
 
-from stdit import MODELS, VARIANTS
+from stdit import BLOCKS, MODELS
 
 FRAMES, FRAME_SIZE = (4, 8, 16, 32, 64), 256  # all of 256x256, as in v1's first stage
 SIZES, SIZE_FRAMES = (128, 256, 384, 512), 16  # all of 16 frames
@@ -38,16 +38,17 @@ def latents(frames, size):
 
 
 def maker(name, config, shape):
-    """A function that makes a design for clips of this shape."""
-    if name in VARIANTS:
+    """Returns a function that makes a design for clips of this shape."""
+    if name in BLOCKS:
         return partial(make, replace(config, variant=name))
     return partial(Latte, config, shape)
 
 
 def measure(config, frames, size, device):
-    """{design: figures} at one shape."""
+    """Returns {design: figures} at one shape."""
     torch.manual_seed(0)
-    shape, tokens = latents(frames, size), frames * size**2 // 256
+    shape = latents(frames, size)
+    tokens = frames * size**2 // 256
     makers = {name: maker(name, config, shape) for name in COLORS}
     repeats = 5 if tokens < 1500 else 3 if tokens < 5000 or device == "cuda" else 1
     figures = compare(makers, config, shape, 1, device, repeats)
@@ -58,10 +59,11 @@ def measure(config, frames, size, device):
 
 
 def crossings(config, points):
-    """{other design: {figure: frames}}: the first number of frames at which `full` has more FLOPs,
-    and the one at which lines through the measured times cross (None: outside them).
+    """Returns {other design: {figure: frames}}: the first number of frames at which `full` has more
+    FLOPs, and the one at which lines through the measured times cross (None: outside them).
     """
-    frames, found = [int(n) for n in points], {}
+    frames = [int(n) for n in points]
+    found = {}
 
     @lru_cache
     def flops(name, T):
@@ -73,7 +75,8 @@ def crossings(config, points):
         if name == "full":
             continue
         more = next(T for T in range(2, 1000) if flops("full", T) > flops(name, T))
-        lead, cross = [p["full"]["seconds"] - p[name]["seconds"] for p in points.values()], None
+        lead = [p["full"]["seconds"] - p[name]["seconds"] for p in points.values()]
+        cross = None
         for i in range(len(lead) - 1):
             if lead[i] <= 0 < lead[i + 1] and cross is None:
                 part = lead[i] / (lead[i] - lead[i + 1])
@@ -83,7 +86,7 @@ def crossings(config, points):
 
 
 def plot(results, path):
-    """FLOPs, kept memory and time: a row against frames, a row against size."""
+    """Draws FLOPs, kept memory and time: a row against frames, a row against size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.6), layout="constrained")
@@ -121,9 +124,9 @@ class CostConfig:
 def main():
     quick = tyro.cli(CostConfig, description=__doc__).quick
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config, frames, sizes = replace(MODELS["STDiT-XL/2"], depth=1), FRAMES, SIZES
-    if quick:
-        config, frames, sizes = replace(config, hidden_size=128), (4, 8, 16), (128, 256)
+    config = replace(MODELS["STDiT-XL/2"], depth=1, hidden_size=128 if quick else 1152)
+    frames = (4, 8, 16) if quick else FRAMES
+    sizes = (128, 256) if quick else SIZES
     results = about("python benchmarks/cost.py", device) | {"frames": {}, "sizes": {}}
     columns = ["parameters", "tflop", "activation_gb", "seconds", "tokens_per_second"]
     shapes = [("frames", n, FRAME_SIZE) for n in frames]

@@ -3,11 +3,10 @@
     python benchmarks/designs.py           # 4 designs x 2 seeds: 1 hour, 2 cores; resumes
     python benchmarks/designs.py --quick   # the same path in a minute, in out/designs-quick
 
-Each design is trained by train.py with the preset `toy` for 2,000 steps; after its 4,500 steps
-nearly all videos of `sequential` match their captions, so no design could be told from another. The
-steps were fixed before any ranking was seen, and so was this rule: if no two designs differ, in any
-bin of t or in the fraction of matches, by more (mean over seeds) than that difference varies (from
-its minimum to its maximum), the toy is made harder.
+Each design is trained by train.train with the preset `toy`. The steps were fixed before any ranking
+was seen, and so was this rule: if no two designs differ, in any bin of t or in the fraction of
+matches, by more (mean over seeds) than that difference varies (from its minimum to its maximum),
+the toy is made harder.
 
 Runs of one seed see the same clips, noise, timesteps and dropped captions, and the same validation
 noise, so differences are taken seed by seed. Initial weights are not paired. Possible bias: the
@@ -24,12 +23,13 @@ is the cheapest; cost.py measures larger videos.)
 import json
 import os
 import shutil
+import signal
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -37,26 +37,25 @@ import tyro
 from speed import about, flops_per_clip, latent_shape  # first: it puts the project on the path
 from tqdm import tqdm
 
+import train
 from data import Distributed
 from sample import newest_checkpoint
 from stdit import STDiT
-from train import PRESETS, TrainConfig, model_config, read_metrics, toy_caches
+from train import PRESETS, TrainConfig, derive, model_config, read_metrics, toy_caches
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1)
-SETTING = {"steps": 2000, "eval_every": 250, "sample_every": 1000, "save_every": 500}
-SETTING |= {"keep_checkpoints": 1}
-QUICK = {"steps": 6, "eval_every": 3, "sample_every": 6, "save_every": 6, "keep_checkpoints": 1}
-QUICK |= {"sample_steps": 2, "toy_clips": 84, "warmup": 1, "compile": False}
+SETTING = dict(steps=2000, eval_every=250, sample_every=1000, save_every=500, keep_checkpoints=1)
+QUICK = dict(steps=6, eval_every=3, sample_every=6, save_every=6, keep_checkpoints=1)
+QUICK |= dict(sample_steps=2, toy_clips=84, warmup=1)
 COLORS = {"full": "C3", "sequential": "C0", "parallel": "C2", "latte": "C1"}
 BINS = ("0-249", "250-499", "500-749", "750-999")  # of t
 
 # ---------------------------------------------------------------------------------------------
-# Many runs of train.py
+# Many runs of train.train
 
 
 def finished(config):
-    """Whether a run has written its last validation loss and its last samples."""
+    """Tells whether a run has written its last validation loss and its last samples."""
     if not (Path(config.out) / "metrics.jsonl").exists():
         return False
     end = {k for m in read_metrics(config.out) if m["step"] == config.steps for k in m}
@@ -64,36 +63,23 @@ def finished(config):
 
 
 def check_unchanged(config):
-    """A run found in its folder must have been trained with the options asked for now."""
+    """Raises SystemExit if the run in a config's folder was trained with other options."""
     if checkpoint := newest_checkpoint(config.out):
         stored = TrainConfig(**json.loads((checkpoint / "state.json").read_text())["config"])
-        if stored != replace(config, resume=True):
+        if stored != derive(config):
             raise SystemExit(f"{config.out} was trained with other options: remove it")
 
 
 def run_all(runs, jobs):
-    """Train those of the runs, [TrainConfig], that are not finished, `jobs` at a time. A run that
-    starts from the weights of another belongs in a later call. Output goes to log.txt in the run's
-    folder.
+    """Trains those of the runs, [TrainConfig], that are not finished, `jobs` at a time. A run that
+    starts from the weights of another belongs in a later call.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
     for c in runs:
         check_unchanged(c)
-        toy_caches(c, Distributed("cpu"))  # now, not in several runs at the same time
-
-    def run(config):
-        default = PRESETS["toy"]
-        changed = {k: v for k, v in vars(config).items() if v != getattr(default, k)}
-        options = [f"--no-{k}" if v is False else f"--{k}={v}" for k, v in changed.items()]
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        with open(Path(config.out) / "log.txt", "a") as log:
-            command = [sys.executable, str(ROOT / "train.py"), "--resume", *options]
-            subprocess.run(command, stdout=log, stderr=log, env=environment)
-        if not finished(config):
-            raise SystemExit(f"{config.out} is not finished: see {config.out}/log.txt")
-
-    pool = ThreadPoolExecutor(jobs)
-    futures = [pool.submit(run, config) for config in runs if not finished(config)]
+        toy_caches(derive(c), Distributed())  # now, not in several runs at the same time
+    threads = max(1, os.cpu_count() // jobs)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    futures = [pool.submit(run_one, config, threads) for config in runs if not finished(config)]
     try:
         for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
             future.result()  # raises what was raised there
@@ -101,20 +87,33 @@ def run_all(runs, jobs):
         pool.shutdown(cancel_futures=True)
 
 
+def run_one(config, threads):
+    """Trains one run in a process of its own. Output goes to log.txt in the run's folder."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, train.request_stop)  # Ctrl-C saves; a later call continues
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    with open(Path(config.out) / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        train.train(config)
+    if not finished(config):
+        raise SystemExit(f"{config.out} is not finished: see {config.out}/log.txt")
+
+
 @lru_cache
 def tflop_per_step(config):
-    """TFLOP of a training step."""
+    """Returns the TFLOP of a training step."""
     with torch.device("meta"):
         model = STDiT(model_config(config))
     return config.batch_size * flops_per_clip(model, latent_shape(config)) / 1e12
 
 
 def collect(*chain):
-    """The figures of a finished run, the last of a chain of runs each of which started from the one
-    before; TFLOP are of the whole chain.
+    """Returns the figures of a finished run, the last of a chain of runs each of which started from
+    the one before; TFLOP are of the whole chain.
     """
-    config, before = chain[-1], sum(c.steps * tflop_per_step(c) for c in chain[:-1])
-    lines, model = read_metrics(config.out), STDiT(model_config(config))
+    config = chain[-1]
+    before = sum(c.steps * tflop_per_step(c) for c in chain[:-1])
+    lines = read_metrics(config.out)
+    model = STDiT(model_config(config))
 
     def at(m):
         return {"step": m["step"], "tflop": before + m["step"] * tflop_per_step(config)}
@@ -133,27 +132,29 @@ def collect(*chain):
 
 
 def matching(point):
-    """The fraction of the toy's 48 captions, 42 seen and 6 unseen, that the videos match."""
+    """Returns the fraction of the toy's 48 captions (42 seen, 6 unseen) that the videos match."""
     (seen, n), (unseen, m) = point["seen"], point["unseen"]
     return (42 * seen / n + 6 * unseen / m) / 48
 
 
 def difference(values, others, unit):
-    """(mean, minimum to maximum) of differences seed by seed, as text."""
+    """Returns mean, minimum and maximum of differences seed by seed, as text."""
     each = [a - b for a, b in zip(values, others)]
     return f" ({statistics.mean(each):+.1f}{unit}, {min(each):+.1f} to {max(each):+.1f})"
 
 
 def summary(results, base):
-    """Two tables of the ends of runs, {name: [figures of a run per seed]}: cost and, if there are
-    sample videos, matches; validation loss. In brackets, differences to `base` seed by seed.
+    """Returns two tables of the ends of runs, {name: [figures of a run per seed]}: cost and, if
+    there are sample videos, matches; validation loss. In brackets, differences to `base` seed by
+    seed.
     """
     videos = all(run["accuracy"] for seeds in results.values() for run in seeds)
     header = "| | parameters | self-attentions | steps | TFLOP |"
     header += " matches, seen captions | unseen captions | captions matched, % |" * videos
     lines = [header, "|---" * header.count(" |") + "|"]
     for name, seeds in results.items():
-        run, end = seeds[0], seeds[0]["validation"][-1]
+        run = seeds[0]
+        end = run["validation"][-1]
         cells = [name, f"{run['parameters']:,}", str(run["self_attentions"]), f"{end['step']:,}"]
         cells.append(f"{end['tflop']:.1f}")
         if videos:
@@ -180,7 +181,7 @@ def summary(results, base):
 
 
 def plot(results, path):
-    """Five rows (four bins of t, matches), against steps (left) and training TFLOP (right)."""
+    """Draws five rows (four bins of t, matches), against steps and against training TFLOP."""
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -188,8 +189,9 @@ def plot(results, path):
     axes = figure.subplots(5, 2, sharey="row", sharex="col")
 
     def draw(axis, xs, ys, design):
-        """The mean of ys [len(xs)][seeds], in a band from minimum to maximum."""
-        low, high = [min(y) for y in ys], [max(y) for y in ys]
+        """Draws the mean of ys [len(xs)][seeds], in a band from minimum to maximum."""
+        low = [min(y) for y in ys]
+        high = [max(y) for y in ys]
         axis.plot(xs, [statistics.mean(y) for y in ys], color=COLORS[design], label=design)
         axis.fill_between(xs, low, high, color=COLORS[design], alpha=0.15, linewidth=0)
 
@@ -224,14 +226,15 @@ class DesignsConfig:
 
 def main():
     c = tyro.cli(DesignsConfig, description=__doc__)
-    setting, seeds = (QUICK, SEEDS[:1]) if c.quick else (SETTING, SEEDS)
+    setting = QUICK if c.quick else SETTING
+    seeds = SEEDS[:1] if c.quick else SEEDS
     folder = Path("out/designs-quick" if c.quick else "out/designs")
     if c.quick:
         shutil.rmtree(folder, ignore_errors=True)
     runs = {}
     for variant in COLORS:
-        options = [{"seed": s, "out": f"{folder}/{variant}-{s}"} for s in seeds]
-        runs[variant] = [replace(PRESETS["toy"], variant=variant, **setting, **o) for o in options]
+        base = replace(PRESETS["toy"], preset="toy", variant=variant, **setting)
+        runs[variant] = [replace(base, seed=s, out=f"{folder}/{variant}-{s}") for s in seeds]
     run_all([run for group in zip(*runs.values()) for run in group], c.jobs)  # seed by seed
     results = {variant: [collect(run) for run in group] for variant, group in runs.items()}
     print(summary(results, "sequential"))

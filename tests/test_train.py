@@ -30,7 +30,9 @@ import stdit
 import train
 from data import UserError
 from stdit import STDiT
-from train import TOY, TrainConfig
+from train import TrainConfig
+
+TOY = train.PRESETS["toy"]
 
 SHORT = {"steps": 8, "batch_size": 4, "warmup": 2, "log_every": 1}
 SHORT |= {"eval_every": 4, "save_every": 3, "num_samples": 0, "keep_checkpoints": 9}

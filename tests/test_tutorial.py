@@ -1,9 +1,10 @@
 """The documents agree with the code: blocks run and give the numbers of the text; names, options,
 links, line counts and commands are right; the exercises have solutions.
 
-    python tests/test_tutorial.py      # writes the current line numbers and line counts
+    python tests/test_tutorial.py      # writes line numbers, line counts and the notebook
 """
 
+import importlib
 import json
 import math
 import re
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import make_notebook  # noqa: E402
 
 TUTORIAL = (ROOT / "tutorial.md").read_text()
-DOCUMENTS = ("README.md", "tutorial.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "tutorial.md", "benchmarks/README.md", "assets/claims.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SHELL = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[`?([^\]`]*)`?\]\(([^)#\s]+)(?:#L(\d+))?\)")
@@ -54,7 +55,7 @@ def test_blocks_of_the_tutorial_print_what_stands_below_them(monkeypatch, tmp_pa
 
 def test_the_notebook_is_that_of_the_tutorial():
     stored = json.loads((ROOT / "assets/tutorial.ipynb").read_text())
-    assert stored == make_notebook.notebook(TUTORIAL), "run python tools/make_notebook.py"
+    assert stored == make_notebook.notebook(TUTORIAL), UPDATE
 
 
 def test_numbers_in_the_prose_of_the_tutorial():
@@ -65,6 +66,14 @@ def test_numbers_in_the_prose_of_the_tutorial():
     density = (-0.5 * (torch.logit(u) - 0.4) ** 2).exp() / (u * (1 - u))
     assert "densest at 682" in text and density.argmax() + 1 == 682
     assert "are 2.1 GB" in text and round(28 * 2 * 32768 * 1152 * 2 / 2 / 1e9, 1) == 2.1
+    for frames, patches in ("10.0", 256), ("3.3", 1024):  # where full attention costs the same
+        assert f"{frames} " in text and f"{(patches + 2 * 1152) / (patches - 1):.1f}" == frames
+    assert "= 90%" in text and round(100 * 0.9999**1000) == 90
+    assert "98.5%" in text and round(100 * 64 / 65, 1) == 98.5
+    snr = (sample.TRAIN_SCHEDULE.alpha[100] / sample.TRAIN_SCHEDULE.sigma[100]) ** 2
+    assert "0.0035 at t = 100" in text and round(train.TOY.min_snr / snr.item(), 4) == 0.0035
+    for factor, inputs in ("1.28", 4096), ("0.68", 1152), ("0.16", 64), ("0.23", 128):
+        assert factor in text and f"{0.02 * inputs**0.5:.2f}" == factor
 
 
 def line_of(name, file):
@@ -165,11 +174,16 @@ def test_shell_blocks_of_the_tutorial_run_in_order(tmp_path, monkeypatch):
     assert Path("samples/sheet.png").exists()
 
 
-def exercise(name, folder, monkeypatch):
-    """The test of an exercise in tests/exercises.py, with the scripts of a folder."""
+def exercise(name, folder, monkeypatch, cell=""):
+    """The test of an exercise in tests/exercises.py, with the scripts of a folder, after the code
+    of a notebook's cell has replaced some of it.
+    """
     for module in ("stdit", "data", "sample", "train"):
         monkeypatch.delitem(sys.modules, module, raising=False)  # to be imported from there
     monkeypatch.syspath_prepend(folder)
+    if cell:
+        magic, code = cell.split("\n", 1)
+        exec(code, vars(importlib.import_module(magic.split()[1])))
     return runpy.run_path(folder / "tests/exercises.py")[f"test_{name}"]
 
 
@@ -179,16 +193,20 @@ def test_exercises_fail_before_and_pass_with_their_solution(name, tmp_path, monk
     """Expected to fail after you did an exercise: the patches change the original code."""
     copy_project(tmp_path)
     (patch,) = (tmp_path / "tests/exercises").glob(f"?_{name}.patch")
+    stub = make_notebook.exercise_cell(name)
     with pytest.raises((AssertionError, TypeError)):  # TypeError: no keyword `first`
-        exercise(name, tmp_path, monkeypatch)()
+        exercise(name, tmp_path, monkeypatch, stub)()
     command = ["git", "apply", "--unsafe-paths", str(patch)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, f"{patch.name} does not apply: {done.stderr}"
     exercise(name, tmp_path, monkeypatch)()
+    monkeypatch.setattr(make_notebook, "ROOT", tmp_path)
+    solved = make_notebook.exercise_cell(name)  # the notebook's cell has all that was to be changed
+    exercise(name, ROOT, monkeypatch, solved)()
 
 
 def update():
-    """Write the current line numbers into links, and line counts into the README."""
+    """Writes the current line numbers into links, line counts into the README, and the notebook."""
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
         for name, target, _ in (link for link in LINK.findall(text) if link[2]):
@@ -198,6 +216,7 @@ def update():
             found = len((ROOT / file).read_text().splitlines())
             text = text.replace(f"]({file}) | {count} |", f"]({file}) | {found} |")
         (ROOT / document).write_text(text)
+    make_notebook.write_notebook((ROOT / "tutorial.md").read_text())
 
 
 if __name__ == "__main__":

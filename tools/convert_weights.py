@@ -173,13 +173,13 @@ class ConvertConfig:
     source: tyro.conf.Positional[str]  # file, folder, Hub name, or file on the Hub; see above
     out: str  # folder to write
     model: Literal[tuple(MODELS)] = "STDiT-XL/2"  # a name in stdit.MODELS
-    variant: Literal[tuple(BLOCKS)] = "sequential"  # arrangement of the attentions
+    variant: Literal[tuple(BLOCKS)] = "sequential"  # design of the block
     space_scale: float = 1.0  # position = index / scale; 0.5 at 256x256, 1 at 512x512 pixels
     time_scale: float = 1.0  # position = index / scale; 1 at frame stride 3, 1.5 at stride 2
     frames: int = 16  # frames of a video, here and below for sample.py
     size: int = 512  # height and width in pixels
-    vae: str = ""  # folder or Hub name of the VAE; default: the source, if it has one
-    t5: str = ""  # folder or Hub name of T5 encoder and tokenizer; default: likewise
+    vae: str | None = None  # folder or Hub name of the VAE; None: the source, if it has one
+    t5: str | None = None  # folder or Hub name of T5 encoder and tokenizer; None: likewise
 
 
 def main():

@@ -33,8 +33,8 @@ import data  # noqa: E402
 
 def toy_frames(n, generator):
     """n single toy frames -> [n, 3, 64, 64] in [-1, 1]."""
-    picks = torch.randint(len(data.TRIPLES), (n,), generator=generator).tolist()
-    frames = [data.draw_clip(data.TRIPLES[i], generator, frames=2)[i % 2] for i in picks]
+    picks = torch.randint(len(data.LABELS), (n,), generator=generator).tolist()
+    frames = [data.draw_clip(data.LABELS[i], generator, frames=2)[i % 2] for i in picks]
     return torch.stack(frames).float() / 127.5 - 1  # first and last frames: all positions
 
 
@@ -119,7 +119,7 @@ def standardize(vae, x):
 # ---------------------------------------------------------------------------------------------
 # The T5: a SentencePiece model of the captions and the alphabet, and an encoder trained as T5 was,
 # by filling in masked words (arXiv 1910.10683, section 3.1.4), with a decoder that is not saved.
-# Captions of unseen triples are not used.
+# Captions of unseen labels are not used.
 
 WORDS = "a the of and on in is are with to car rabbit man skiing eating watermelon road moving snow"
 
@@ -129,7 +129,7 @@ def make_t5(out, steps, batch=64):
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Tokenizer
 
     out.mkdir(parents=True, exist_ok=True)
-    captions = [data.caption_of(t) for t in data.TRIPLES if t not in data.UNSEEN]
+    captions = [data.caption_of(t) for t in data.LABELS if t not in data.UNSEEN]
     # SentencePiece makes a word a piece only if it occurs in two contexts: so also with commas.
     sentences = [text for c in captions for text in (c, c.replace(" ", ", ") + ".")]
     pieces = io.BytesIO()
@@ -191,8 +191,8 @@ def mask_words(words, rng):
 @dataclass(frozen=True)
 class EncoderConfig:
     encoder: tyro.conf.Positional[Literal["vae", "t5"]]  # what to train
-    steps: int = 0  # training steps; 0: 1500 for the VAE, 500 for T5
-    out: str = ""  # folder to write; default: assets/vae or assets/t5
+    steps: int | None = None  # training steps; None: 1500 for the VAE, 500 for T5
+    out: str | None = None  # folder to write; None: assets/vae or assets/t5
 
 
 def main():

@@ -4,11 +4,13 @@
     python tools/make_notebook.py --keep-outputs    # after a change of the text alone: a second
 
 Blocks are fed line by line to Python's interactive console, as if they were pasted. The notebook,
-assets/tutorial.ipynb, has the same text, code and outputs. Outputs that change, as after training
-a new toy model, are printed: the text next to them may state the same numbers.
+assets/tutorial.ipynb, has the same text, code and outputs, a first cell that finds the project, and
+a cell for each exercise, with the functions to change. Outputs that change, as after training a new
+toy model, are printed: the text next to them may state the same numbers.
 """
 
 import argparse
+import ast
 import code
 import contextlib
 import difflib
@@ -17,11 +19,76 @@ import json
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # A block, and what it prints, if that is there.
-BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+
+FIRST_CELL = """\
+REPOSITORY = ""  # an address for git, or a folder; empty: this notebook lies in the project
+
+import importlib.util, os, subprocess, sys
+
+if not os.path.exists("stdit.py"):
+    if REPOSITORY and not os.path.isdir(REPOSITORY):
+        subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, "stdit"], check=True)
+        REPOSITORY = "stdit"
+    os.chdir(REPOSITORY or "..")
+needed = ("torch", "einops", "transformers", "diffusers", "av", "tyro", "pytest", "matplotlib")
+if not all(importlib.util.find_spec(name) for name in needed):
+    install = [sys.executable, "-m", "pip", "install", "-q", "-r", "requirements.txt"]
+    subprocess.run(install, check=True)
+sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
+"""
+
+EXERCISES = {  # name: the script, and what to change in it; what does not exist yet is left out
+    "causal": ("stdit", "SelfAttention", "CausalBlock", "BLOCKS", "STDiT.initialize_weights"),
+    "flow": ("sample", "tau", "q_sample", "predict_x0", "diffusion_loss", "flow_step", "SAMPLERS"),
+    "qk_norm": ("stdit", "SelfAttention"),
+    "first_frame": ("sample", "q_sample", "diffusion_loss", "sample_latents"),
+}
+EXERCISE_CELL = """\
+import importlib, runpy
+from IPython.core.magic import register_cell_magic
+
+@register_cell_magic
+def exercise(line, code):
+    \"\"\"Runs a cell inside a script, in place of its own functions, and then a test.\"\"\"
+    script, name = line.split()
+    for module in ("stdit", "sample"):
+        importlib.reload(importlib.import_module(module))  # without the other exercises
+    exec(code, vars(importlib.import_module(script)))
+    try:
+        runpy.run_path("tests/exercises.py")[f"test_{name}"]()
+        print(f"{name}: passed")
+    except (AssertionError, TypeError) as error:
+        print(f"{name}: not yet. {error}")
+"""
+
+
+def source_of(script, name):
+    """Returns the source of a function, class, variable or method of a script, or None."""
+    text = (ROOT / f"{script}.py").read_text()
+    body, (outer, _, method) = ast.parse(text).body, name.partition(".")
+    for node in body:
+        names = [getattr(target, "id", "") for target in getattr(node, "targets", [])]
+        if outer in [getattr(node, "name", ""), *names]:
+            if method:
+                node = next(part for part in node.body if getattr(part, "name", "") == method)
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            lines = text.splitlines()[first - 1 : node.end_lineno]
+            source = textwrap.dedent("\n".join(lines)) + "\n"
+            return source + (f"\n{name} = {method}\n" if method else "")
+
+
+def exercise_cell(name):
+    """Returns the code of an exercise's cell: the present code of what is to be changed."""
+    script, *parts = EXERCISES[name]
+    sources = [source for part in parts if (source := source_of(script, part))]
+    head = f"%%exercise {script} {name}\n# From {script}.py. Change it until the test passes.\n\n"
+    return head + "\n\n".join(sources)
 
 
 def run_blocks(text):
@@ -44,7 +111,7 @@ def run_blocks(text):
 def with_outputs(text, outputs):
     """Returns the tutorial with these outputs."""
     outputs = iter(outputs)
-    return BLOCK.sub(lambda b: f"```python\n{b[1]}```\n\n```text\n{next(outputs)}```\n", text)
+    return BLOCK.sub(lambda b: f"```python\n{b[1]}```\n```text\n{next(outputs)}```\n", text)
 
 
 def notebook(text):
@@ -61,14 +128,23 @@ def notebook(text):
         add("code", source, execution_count=None, outputs=outputs)
 
     text = re.sub(r"\]\((?!http)", "](../", text)  # links, from the folder assets
-    add_code("%cd -q ..")
+    add_code(FIRST_CELL)
     for block in BLOCK.finditer(text):
         add("markdown", text[end : block.start()])
         add_code(block[1], block[2] or "")
         end = block.end()
-    add("markdown", text[end:])
+    start = text.index("\n## 17.")
+    add("markdown", text[end:start])
+    for cell in (EXERCISE_CELL, *map(exercise_cell, EXERCISES)):
+        add_code(cell)
+    add("markdown", text[start:])
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}
+
+
+def write_notebook(text):
+    path = ROOT / "assets/tutorial.ipynb"
+    path.write_text(json.dumps(notebook(text), indent=1) + "\n")
 
 
 def print_changes(old, new):
@@ -94,7 +170,7 @@ def main():
         text = with_outputs(text, run_blocks(text))
         print_changes(path.read_text(), text)
         path.write_text(text)
-    Path("assets/tutorial.ipynb").write_text(json.dumps(notebook(text), indent=1) + "\n")
+    write_notebook(text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ generates every toy caption (42 seen ones twice, 6 unseen ones eight times) with
 number of steps at the guidance stored with the weights, then with DPM-Solver++ at 20 steps and each
 guidance, at all timesteps and at large ones, and prints a Markdown table. A video matches if
 data.detect finds the color, shape and direction of its caption; overlap and flicker are those of
-data.crispness. Seconds are those of sampling and decoding, in batches of 32.
+data.shape_quality. Seconds are those of sampling and decoding, in batches of 32.
 """
 
 import sys
@@ -37,10 +37,12 @@ class MeasureConfig:
 def main():
     c = tyro.cli(MeasureConfig, description=__doc__)
     rows = train.sample_rows(train.PRESETS["toy"], None, last=True)
-    captions = [data.caption_of(data.TRIPLES[row]) for row in rows]
-    device, stored = data.init_distributed(c.device).device, resolve(SampleConfig(c.weights))
+    captions = [data.caption_of(data.LABELS[row]) for row in rows]
+    device = data.init_distributed(c.device).device
+    stored = resolve(SampleConfig(c.weights))
     model = load_model(c.weights).to(device)
-    vae, t5 = data.VAE(stored.vae, device), data.T5(stored.t5, model.config.caption_length, device)
+    vae = data.VAE(stored.vae, device)
+    t5 = data.T5(stored.t5, model.config.caption_length, device)
     y, mask = t5.encode(captions)
     shape = vae.channels, stored.frames, stored.size // vae.factor, stored.width // vae.factor
     keys = video_keys(stored.seed, captions)
@@ -49,13 +51,13 @@ def main():
     stored = stored.guidance, stored.guidance_min_t
     runs = [(sampler, steps, *stored) for sampler in c.samplers for steps in c.steps]
     for sampler, steps, g, min_t in runs + [("dpm", 20, *v) for v in product(c.guidance, c.min_t)]:
-        start, options = time.time(), {"sampler": sampler, "steps": steps}
-        options |= {"guidance": g, "guidance_min_t": min_t}
+        start = time.time()
+        options = {"sampler": sampler, "steps": steps, "guidance": g, "guidance_min_t": min_t}
         videos = generate(model, vae, y, mask, keys, shape, batch_size=32, **options)
         seconds = (time.time() - start) / len(videos)
         found = train.evaluate_toy(captions, videos)
         matches = " | ".join(f"{n} of {total}" for n, total in found["accuracy"].values())
-        _, overlap, flicker = found["crispness"] or (0, 0, 0)
+        _, overlap, flicker = found["quality"] or (0, 0, 0)
         row = f"{matches} | {overlap:.3f} | {flicker:.1f} | {seconds:.2f}"
         print(f"| {sampler} | {steps} | {g:g} | t ≥ {min_t} | {row} |", flush=True)
 
