@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -168,6 +169,23 @@ def test_a_cache_of_other_settings_is_refused(change, toy, encoders):
     clips = data.Toy("train", 48 if change == "clips" else 24, 4 if change == "frames" else 8)
     with pytest.raises(data.UserError, match=f"train was made with other {change}: .* --out"):
         data.write_cache(clips, toy / "train", vae, t5)
+
+
+def test_clips_are_read_while_others_are_encoded(encoders, tmp_path, monkeypatch):
+    vae, read = encoders[0], threading.Event()
+
+    class Watched(data.Toy):
+        def __getitem__(self, row):
+            if row == 16:
+                read.set()
+            return super().__getitem__(row)
+
+    def encode(frames, generator, now=vae.encode):
+        assert read.wait(10)  # also during the first clip
+        return now(frames, generator)
+
+    monkeypatch.setattr(vae, "encode", encode)
+    assert len(data.write_cache(Watched("train", 17, 1), tmp_path, *encoders)) == 17
 
 
 def test_only_a_replaced_clip_is_encoded_again_and_until_then_the_cache_is_refused(
