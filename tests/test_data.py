@@ -45,6 +45,12 @@ def test_center_crop_and_resize_keeps_the_center_and_the_aspect_ratio(H, W, heig
     assert out[..., outside < -2].min() > 250 and out[..., outside > 2].max() < 5  # else blurred
 
 
+def test_resizing_averages_fine_patterns():
+    stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(3, 96, 48)  # [3, 96, 96]
+    gray = data.center_crop_and_resize(stripes, 16, 16)[..., 1:-1].int()
+    assert (gray - 127).abs().max() <= 2  # rounding; without antialiasing 0 or 255
+
+
 CAPTIONS = {
     "Sunset &amp; sea,   <b>in 4K</b>\n https://x.example/a.mp4?b=1": "sunset & sea, in 4k",
     '<p class="a b">a red<br/>ball</p>': "a red ball",
@@ -94,7 +100,8 @@ def test_captions_must_be_utf8(tmp_path, encoding):
     (tmp_path / "a.mp4").touch(), (tmp_path / "b.mp4").touch()
     (tmp_path / "a.txt").write_text("a caf\u00e9", "utf-8-sig")
     assert data.list_clips(tmp_path)[0][1] == "a caf\u00e9"
-    (tmp_path / "b.txt").write_bytes("a caf\u00e9".encode(encoding))
+    text = "a cat" if encoding == "utf-16-le" else "a caf\u00e9"  # no byte is above 127
+    (tmp_path / "b.txt").write_bytes(text.encode(encoding))
     with pytest.raises(data.UserError, match=f"{tmp_path / 'b.txt'}.*not UTF-8"):
         data.list_clips(tmp_path)
 
