@@ -47,8 +47,8 @@ def test_center_crop_and_resize_keeps_the_center_and_the_aspect_ratio(H, W, heig
 
 def test_resizing_averages_fine_patterns():
     stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(3, 96, 48)  # [3, 96, 96]
-    gray = data.center_crop_and_resize(stripes, 16, 16)[..., 1:-1].int()
-    assert (gray - 127).abs().max() <= 2  # rounding; without antialiasing 0 or 255
+    gray = data.center_crop_and_resize(stripes, 32, 32)[..., 1:-1].int()
+    assert (gray - 127).abs().max() < 20  # weights of 4/9 and 5/9; without antialiasing 0 and 255
 
 
 CAPTIONS = {
