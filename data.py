@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from av.video.frame import PictureType
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -280,8 +281,8 @@ def decode(path, numbers, transform, times=()):
             if count in numbers:
                 found[count] = transform(to_rgb(frame, stream))
             count += 1
-            # Decode on over the reorder delay: damage there can affect the last frame.
-            if count > last + stream.codec_context.reorder_depth:
+            # A B-frame also depends on the next other frame, at most 16 frames later.
+            if count > last and (frame.pict_type != PictureType.B or count > last + 16):
                 break
     if times and (damaged or len(found) < len({*numbers})):
         return decode(path, numbers, transform)

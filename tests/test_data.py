@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def test_center_crop_and_resize_keeps_the_center_and_the_aspect_ratio(H, W, heig
     assert out.shape == (2, 3, height, width) and out.dtype == torch.uint8
     outside = distance(height, width) - min(H, W) / 4 / min(H / height, W / width)
     assert out[..., outside < -2].min() > 250 and out[..., outside > 2].max() < 5  # else blurred
+
+
+def test_resizing_averages_fine_patterns():
+    stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(3, 96, 48)  # [3, 96, 96]
+    gray = data.center_crop_and_resize(stripes, 32, 32)[..., 1:-1].int()
+    assert (gray - 127).abs().max() < 20  # weights of 4/9 and 5/9; without antialiasing 0 and 255
 
 
 CAPTIONS = {
@@ -93,7 +100,8 @@ def test_captions_must_be_utf8(tmp_path, encoding):
     (tmp_path / "a.mp4").touch(), (tmp_path / "b.mp4").touch()
     (tmp_path / "a.txt").write_text("a caf\u00e9", "utf-8-sig")
     assert data.list_clips(tmp_path)[0][1] == "a caf\u00e9"
-    (tmp_path / "b.txt").write_bytes("a caf\u00e9".encode(encoding))
+    text = "a cat" if encoding == "utf-16-le" else "a caf\u00e9"  # no byte is above 127
+    (tmp_path / "b.txt").write_bytes(text.encode(encoding))
     with pytest.raises(data.UserError, match=f"{tmp_path / 'b.txt'}.*not UTF-8"):
         data.list_clips(tmp_path)
 
@@ -168,6 +176,23 @@ def test_a_cache_of_other_settings_is_refused(change, toy, encoders):
     clips = data.Toy("train", 48 if change == "clips" else 24, 4 if change == "frames" else 8)
     with pytest.raises(data.UserError, match=f"train was made with other {change}: .* --out"):
         data.write_cache(clips, toy / "train", vae, t5)
+
+
+def test_clips_are_read_while_others_are_encoded(encoders, tmp_path, monkeypatch):
+    vae, read = encoders[0], threading.Event()
+
+    class Watched(data.Toy):
+        def __getitem__(self, row):
+            if row == 16:
+                read.set()
+            return super().__getitem__(row)
+
+    def encode(frames, generator, now=vae.encode):
+        assert read.wait(10)  # also during the first clip
+        return now(frames, generator)
+
+    monkeypatch.setattr(vae, "encode", encode)
+    assert len(data.write_cache(Watched("train", 17, 1), tmp_path, *encoders)) == 17
 
 
 def test_only_a_replaced_clip_is_encoded_again_and_until_then_the_cache_is_refused(
