@@ -134,7 +134,7 @@ def test_the_check_finds_a_wrong_attention_kernel(fault, monkeypatch, capsys):
         bf16 = q.dtype == torch.bfloat16
         if bf16 and fault == "gradient of v":
             v = v.clone()
-            v.register_hook(lambda grad: torch.cat([grad[:, :, :-1], 0 * grad[:, :, -1:]], dim=2))
+            v.register_hook(lambda grad: torch.cat([0 * grad[:, :, :1], grad[:, :, 1:]], dim=2))
         out = attention(q, k, v, None if bf16 and fault == "no mask" else attn_mask)
         if bf16 and fault == "not finite":
             out = torch.where(torch.arange(out.shape[2])[:, None] == 3, math.inf, out)

@@ -221,7 +221,7 @@ def test_conversion_refuses_what_is_damaged_or_nowhere(suffix, save, tmp_path, m
 # ------------------------------------------------------------------ sample.load_model and sample.py
 def test_a_run_a_checkpoint_and_a_hub_name_are_loaded(toy, hub, tmp_path):
     options = {"steps": 2, "save_every": 1, "num_samples": 0, "batch_size": 4, "compile": False}
-    train.train(train.TrainConfig(data=str(toy / "train"), out=str(tmp_path), **options))
+    train.train(train.replace(train.TOY, data=str(toy / "train"), out=str(tmp_path), **options))
     old, new = (tmp_path / f"checkpoints/step_{step:08d}" for step in (1, 2))
     for file in ("config.json", "model.safetensors"):
         shutil.copy(new / file, hub)
