@@ -43,7 +43,7 @@ class STDiTConfig:
     variant: str = "sequential"  # design of the block, a key of BLOCKS; v1: sequential
     space_scale: float | tuple = 1.0  # spatial position = index / scale; a pair is (h, w)
     time_scale: float = 1.0  # temporal position = index / scale
-    embedder_std: float | None = 0.02  # initial std in t_embedder, y_embedder; None: fan_in**-0.5
+    embedder_std: float | None = 0.02  # initial std of t_ and y_embedder; None: fan_in**-0.5
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -178,7 +178,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-def split_rows(table):
+def split(table):
     """Split [B, n, D] into n tensors [B, 1, 1, D], which can multiply tokens [B, T, S, D]."""
     return table[:, :, None, None].unbind(1)
 
@@ -212,9 +212,7 @@ class STDiTBlock(nn.Module):
         modulation, from the timestep: shift, scale and gate of attention (a), then of the MLP (m);
         pos [1, T, 1, D] temporal position embedding, or None. Returns [B, T, S, D].
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
-            self.scale_shift_table + mod
-        )
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split(self.scale_shift_table + mod)
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
         x = x + gate_a * self.attn_temp(x, pos)  # no norm, gate_a again: as v1
         x = x + self.cross_attn(x, y, mask)  # neither norm nor gate
@@ -228,9 +226,7 @@ class ParallelBlock(STDiTBlock):
     """Both attentions start from the same x. The weights are those of STDiTBlock."""
 
     def forward(self, x, y, mask, mod, pos=None):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
-            self.scale_shift_table + mod
-        )
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split(self.scale_shift_table + mod)
         spatial = self.attn(modulate(norm(x), shift_a, scale_a))
         x = x + gate_a * (spatial + self.attn_temp(x, pos))
         x = x + self.cross_attn(x, y, mask)
@@ -253,9 +249,7 @@ class FullBlock(STDiTBlock):
         del self.attn_temp  # full attention needs no second one
 
     def forward(self, x, y, mask, mod, pos=None):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
-            self.scale_shift_table + mod
-        )
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split(self.scale_shift_table + mod)
         x = add_position(x, pos)
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
         x = x + self.cross_attn(x, y, mask)
@@ -275,14 +269,12 @@ class LatteBlock(STDiTBlock):
         self.mlp_temp = MLP(D, int(D * config.mlp_ratio), D)
 
     def forward(self, x, y, mask, mod, pos=None):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
-            self.scale_shift_table + mod
-        )
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split(self.scale_shift_table + mod)
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
         x = x + self.cross_attn(x, y, mask)
         x = x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_rows(
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split(
             self.scale_shift_table_temp + mod
         )
         x = add_position(x, pos)
@@ -358,7 +350,7 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D**0.5)
 
     def forward(self, x, t_emb, h, w):
-        shift, scale = split_rows(self.scale_shift_table + t_emb[:, None])  # 2 x [B, 1, 1, D]
+        shift, scale = split(self.scale_shift_table + t_emb[:, None])  # 2 x [B, 1, 1, D]
         x = self.linear(modulate(norm(x), shift, scale))  # [B, T, S, pt*ph*pw*2C]
         pt, ph, pw = self.patch_size  # channels come last, unlike in PatchEmbedder
         pattern = "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"

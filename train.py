@@ -59,7 +59,7 @@ class TrainConfig:
     # model
     model: Literal[tuple(MODELS)] = "STDiT-XL/2"  # size of the network, see MODELS in stdit.py
     variant: Literal[tuple(BLOCKS)] = "sequential"  # design of the block, see BLOCKS in stdit.py
-    init: str | None = "weights/PixArt-XL-2-512x512"  # converted weights or a run; None: random
+    init: str | None = "weights/PixArt-XL-2-512x512"  # weights or a run; None: random
     space_scale: float | None = None  # position = index / scale; None: sqrt(size * width) / 512
     time_scale: float | None = None  # temporal position = index / scale; None: the model's
     trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: those named *_temp
