@@ -169,7 +169,7 @@ def test_packets_that_are_not_frames_do_not_change_the_order_of_frames(name, tmp
     encoded = encode(tmp_path / f"0{name}", drawing(), **{"g": 12, "sc_threshold": 0} | options)
     path = copy_packets(encoded, tmp_path / name, **edit)
     found, expected = bars(check_crops(path)), bars(drawing()[list(shown)])
-    assert len(found) == len(expected) == len(shown)
+    assert len(shown) - (name == "edit.mp4") <= len(found) <= len(shown)  # PyAV 17 hides the last
     assert max(abs(a - b) for a, b in zip(found, expected)) <= 1  # less than one frame
 
 
