@@ -31,7 +31,7 @@ import re
 import struct
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -152,6 +152,7 @@ HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics
 TO_SDR = "ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=t=709:p=709:m=709 OUT"
 # What PyAV and Pillow raise for damaged files
 DAMAGE = (av.FFmpegError, OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error)
+frame_rates = Counter()  # of the videos that this process has read
 
 
 class UnreadableClip(Exception):
@@ -251,6 +252,7 @@ def list_packets(path):
     with open_video(path) as (container, stream):
         packets = container.demux(stream)
         packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
+        frame_rates[round(float(stream.average_rate or 0), 2)] += 1
         known = container.format.name in TIMED
         known = known and stream.codec.canonical_name in ONE_FRAME_PER_PACKET
     times = sorted({time for time, _ in packets} - {None})
@@ -826,6 +828,9 @@ def main():
     vae.check_size(c.frames, c.size, width)
     t5 = T5(c.t5, c.caption_length, d.device)
     write_cache(clips, c.out, vae, t5, d)
+    # At one stride, clips of different frame rates move at different speeds.
+    for rate, count in sorted(sum(all_gather(frame_rates), Counter()).items()):
+        print0(f"{count:6} videos of {rate:g} frames a second")
     print0(f"{time.time() - start:.0f} s")
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
@@ -168,7 +169,7 @@ def test_packets_that_are_not_frames_do_not_change_the_order_of_frames(name, tmp
     encoded = encode(tmp_path / f"0{name}", drawing(), **{"g": 12, "sc_threshold": 0} | options)
     path = copy_packets(encoded, tmp_path / name, **edit)
     found, expected = bars(check_crops(path)), bars(drawing()[list(shown)])
-    assert len(found) == len(expected) == len(shown)
+    assert len(shown) - (name == "edit.mp4") <= len(found) <= len(shown)  # PyAV 17 hides the last
     assert max(abs(a - b) for a, b in zip(found, expected)) <= 1  # less than one frame
 
 
@@ -407,12 +408,16 @@ data.write_cache(data.Clips({folder!r}, 4, 1, 32, 48, seed=0), {two!r}, vae, t5,
 """
 
 
-def test_two_processes_write_the_files_of_one(folder, encoders, tmp_path, processes, monkeypatch):
+def test_two_processes_write_the_files_of_one(
+    folder, encoders, tmp_path, processes, monkeypatch, capsys
+):
     one, shares, two = (tmp_path / name for name in ("one", "shares", "two"))
     monkeypatch.setattr(sys, "argv", ["data.py", str(folder), *map(str, VIEW), f"--out={one}"])
+    monkeypatch.setattr(data, "frame_rates", Counter())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as under torchrun, for the same bits
     data.main()
+    assert "10 videos of 24 frames a second\n" in capsys.readouterr().out
     clips = data.Clips(folder, 4, 1, 32, 48, seed=0)
     with pytest.raises(FileNotFoundError):  # rank 1 writes no index
         data.write_cache(clips, shares, *encoders, data.Distributed("cpu", rank=1, world_size=2))
