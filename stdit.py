@@ -63,7 +63,7 @@ MODELS = {
         # positions of 32x32 (512x512 pixels), and 8 frames over those of 32.
         space_scale=0.125,
         time_scale=0.25,
-        embedder_std=None,  # 0.02 suits a width of 1152 (tutorial, section 10)
+        embedder_std=None,  # 0.02 suits a width of 1152 (tutorial, section 12)
     ),
 }
 
