@@ -130,7 +130,7 @@ def test_compiled_blocks_share_two_graphs_and_have_the_gradients_of_eager_ones(
     variant, mode, monkeypatch
 ):
     """One graph with a temporal position, one without, for any depth; none is cut in two. (With a
-    position of 0.0 in place of None full checkpointing failed: findings/checkpoint_adds_zero.sh.)
+    position of 0.0 in place of None full checkpointing ended in an AssertionError there.)
     """
     compile_with(monkeypatch, inductor_without_code if mode == "full" else "eager")
     check_compiled(variant, mode)
