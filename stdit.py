@@ -1,13 +1,13 @@
 """STDiT, the spatial-temporal diffusion transformer of Open-Sora v1: the network alone.
 
-Input: noisy video latents, timesteps and T5 embeddings of captions. Output: twice the channels of
-the latents. The first half predicts the noise, the second half the variance of the reverse step
-(IDDPM; it is not v-prediction). Module names are those of the released weights. "v1" means
-Open-Sora v1, "the report" docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
+Input: noisy video latents, timesteps, T5 embeddings of captions. Output: twice the channels of the
+latents, first the predicted noise, then the variance of the reverse step (IDDPM; not v-prediction).
+Modules have the names of the released weights. "v1" means Open-Sora v1, "the report"
+docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
 
 Shapes in this file:
     B batch    C latent channels (4)    H, W latent height and width    D hidden size
-    T frames of latents; for tokens, patches along time (equal in v1: a patch is one frame long)
+    T frames of latents; of tokens, patches along time (the same in v1: a patch is one frame long)
     h, w patches per column and per row    S = h*w patches per frame
     L caption tokens    E caption channels    N tokens that attend to each other
 """
@@ -25,9 +25,6 @@ from huggingface_hub import PyTorchModelHubMixin
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
-#
-# Models that differ only in space_scale and time_scale can load each other's weights, which is how
-# training moves from small to large videos.
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,12 @@ class STDiTConfig:
     caption_channels: int = 4096  # E, given by the text encoder; T5-XXL has 4096
     caption_length: int = 120  # L, maximum number of caption tokens
     variant: str = "sequential"  # design of the block, a key of BLOCKS; v1: sequential
-    space_scale: float | tuple = 1.0  # spatial position = index / scale; a pair is (h, w)
-    time_scale: float = 1.0  # temporal position = index / scale
+    space_scale: float = 1.0  # spatial position = index / scale; may change between trainings
+    time_scale: float = 1.0  # temporal position = index / scale; the same
     embedder_std: float | None = 0.02  # initial std of t_ and y_embedder; None: fan_in**-0.5
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, list):  # config.json has no tuples
-                object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))  # config.json has a list
 
 
 MODELS = {
@@ -59,10 +54,8 @@ MODELS = {
         num_heads=4,
         caption_channels=64,
         caption_length=16,
-        # Neighboring positions have nearly equal embeddings, so 4x4 patches are spread over the
-        # positions of 32x32 (512x512 pixels), and 8 frames over those of 32.
-        space_scale=0.125,
-        time_scale=0.25,
+        space_scale=0.125,  # 4x4 patches span the positions of 32x32: else they are nearly equal
+        time_scale=0.25,  # 8 frames span those of 32
         embedder_std=None,  # 0.02 suits a width of 1152 (tutorial, section 12)
     ),
 }
@@ -86,11 +79,10 @@ def get_1d_sincos_pos_embed(length, dim, scale):
 @lru_cache(maxsize=32)  # every step uses the same few grids
 def spatial_pos_embed(h, w, dim, scale, device):
     """Return fp32 [S, D], row-major in (h, w). As in DiT and the released weights, the first half
-    of the channels encodes the column, the second the row. scale: a number or a pair (h, w).
+    of the channels encodes the column, the second the row.
     """
-    scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
-    column = get_1d_sincos_pos_embed(w, dim // 2, scale_w).expand(h, -1, -1)  # [h, w, D/2]
-    row = get_1d_sincos_pos_embed(h, dim // 2, scale_h)[:, None].expand(-1, w, -1)  # [h, w, D/2]
+    column = get_1d_sincos_pos_embed(w, dim // 2, scale).expand(h, -1, -1)  # [h, w, D/2]
+    row = get_1d_sincos_pos_embed(h, dim // 2, scale)[:, None].expand(-1, w, -1)  # [h, w, D/2]
     return torch.cat([column, row], dim=-1).flatten(0, 1).float().to(device)
 
 
@@ -187,16 +179,15 @@ def split(table):
 # The block
 #
 # Full attention over the T*S tokens of a video costs (T*S)^2. STDiT attends within each frame (S^2,
-# T times) and then for each patch across frames (T^2, S times): information still passes between
-# any two tokens.
+# T times), then for each patch across frames (T^2, S times): still any two tokens are connected.
 # The rest is PixArt-alpha's block: shift, scale and gate from the timestep (one MLP shared by all
-# blocks plus a table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention to
-# the caption, MLP. The output projection of temporal attention starts at zero: with PixArt-alpha's
-# weights in the rest, the model first generates T independent PixArt images.
+# blocks plus a table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention,
+# MLP. The output projection of temporal attention starts at zero: with PixArt-alpha's weights in
+# the rest, the model first generates T independent PixArt images.
 
 
 class STDiTBlock(nn.Module):
-    """The block of Open-Sora v1: spatial, then temporal attention."""
+    """The block of v1: spatial, then temporal attention. The report's other designs follow it."""
 
     def __init__(self, config):
         super().__init__()
@@ -217,9 +208,6 @@ class STDiTBlock(nn.Module):
         x = x + gate_a * self.attn_temp(x, pos)  # no norm, gate_a again: as v1
         x = x + self.cross_attn(x, y, mask)  # neither norm nor gate
         return x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
-
-
-# The three other designs that the report compares with it.
 
 
 class ParallelBlock(STDiTBlock):
@@ -257,9 +245,8 @@ class FullBlock(STDiTBlock):
 
 
 class LatteBlock(STDiTBlock):
-    """A PixArt block for space, then one for time with its own table and MLP, without
-    cross-attention (Latte, arXiv 2401.03048). The second is not zero at first, so a latte model
-    does not start as an image model.
+    """A PixArt block for space, then one for time with its own table and MLP and no cross-attention
+    (Latte, arXiv 2401.03048). The second is not zero at first: it does not start as an image model.
     """
 
     def __init__(self, config):
@@ -274,9 +261,8 @@ class LatteBlock(STDiTBlock):
         x = x + self.cross_attn(x, y, mask)
         x = x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split(
-            self.scale_shift_table_temp + mod
-        )
+        mod_temp = self.scale_shift_table_temp + mod
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split(mod_temp)
         x = add_position(x, pos)
         x = x + gate_a * self.attn_temp(modulate(norm(x), shift_a, scale_a))
         return x + gate_m * self.mlp_temp(modulate(norm(x), shift_m, scale_m))
@@ -289,9 +275,8 @@ BLOCKS = dict(sequential=STDiTBlock, parallel=ParallelBlock, full=FullBlock, lat
 
 
 class PatchEmbedder(nn.Module):
-    """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. self.proj is
-    a Conv3d for the shape of the released weight. It is applied as a linear layer, because torch's
-    default on CUDA is TF32 for convolutions and fp32 for matrix products.
+    """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. Its weights
+    have the shape of the released Conv3d, but on CUDA torch's convolutions would round to TF32.
     """
 
     def __init__(self, config):
@@ -307,9 +292,8 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B], 0 to 999, to [B, D]: an MLP on a sinusoidal embedding of 256 channels. The
-    cosines come first, as in the released weights (in the position embeddings the sines do).
-    The angles are in fp32: of the 1000 timesteps only 507 are distinct in bf16.
+    """Timesteps [B], 0 to 999, to [B, D]: an MLP on 128 cosines, then 128 sines (positions have the
+    sines first). The angles are in fp32: of the 1000 timesteps only 507 are distinct in bf16.
     """
 
     def __init__(self, dim):
@@ -323,9 +307,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """T5 embeddings [B, L, E] to [B, L, D]. y_embedding [L, E] is the null caption, for
-    classifier-free guidance; it is a buffer and not trained, as in v1.
-    """
+    """T5 embeddings [B, L, E] to [B, L, D]. y_embedding [L, E] is the null caption, not trained."""
 
     def __init__(self, config):
         super().__init__()
@@ -338,9 +320,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, T, h*w, D] to [B, 2C, T*pt, h*ph, w*pw]. t_emb [B, D] is the output of t_embedder,
-    not of t_block.
-    """
+    """Tokens [B, T, h*w, D] to [B, 2C, T*pt, h*ph, w*pw]. t_emb [B, D], from t_embedder."""
 
     def __init__(self, config):
         super().__init__()
@@ -362,9 +342,8 @@ class FinalLayer(nn.Module):
 
 
 def autocast(device):
-    """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. Weights,
-    the loss and everything outside the blocks stay in fp32: rounding the noisy latents to bf16
-    would add an error that cannot be told from noise.
+    """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. All else
+    stays in fp32: latents rounded to bf16 would have an error that cannot be told from noise.
     """
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
@@ -390,9 +369,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
     def initialize_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(
-                    module.weight.flatten(1)
-                )  # a view; Conv3d like a linear layer
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # Conv3d as a linear layer
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_block[1].weight, std=0.02)
         y_proj, t_mlp = self.y_embedder.y_proj, self.t_embedder.mlp
@@ -406,11 +383,9 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
                 nn.init.zeros_(block.attn_temp.proj.weight)
 
     def forward(self, x, t, y, mask=None):
-        """Predict noise and variance.
-
-        x [B, C, T, H, W] noisy latents; t [B] timesteps, 0 to 999; y [B, L, E] T5 embeddings;
-        mask [B, L], True where a caption token is real, or None if all are. Returns
-        [B, 2C, T, H, W]: C channels of noise, C of variance. Any T, H, W that the patch divides.
+        """x [B, C, T, H, W] noisy latents, any T, H, W that the patch divides; t [B] timesteps, 0
+        to 999; y [B, L, E] T5 embeddings; mask [B, L], True where a caption token is real, or None
+        if all are. Returns [B, 2C, T, H, W]: C channels of noise, C of variance.
         """
         D, (pt, ph, pw) = self.config.hidden_size, self.config.patch_size
         T, h, w = x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw
@@ -435,13 +410,13 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
 
 
 def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mesh=None):
-    """Prepare a model for training at scale, in place. Sampling uses the EMA copy, made
-    before this call (train.create_model).
+    """Prepare a model for training at scale, in place. Copies for sampling are made before.
 
     activation_checkpointing: what a block keeps for the backward pass. "none": everything. "full":
     its inputs, and the block is computed again. "selective": also the outputs of matrix products,
-    attention and communication, so that only norms and elementwise operations are computed again.
-    compile: torch.compile, block by block. sp_mesh: DeviceMesh for shard_frames.
+    attention and communication; only norms and elementwise operations are computed again.
+    compile: torch.compile, block by block; all blocks share two graphs, with and without pos.
+    sp_mesh: DeviceMesh for shard_frames.
     """
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -453,50 +428,43 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
         saved = [getattr(aten, name).default for name in ("mm", "addmm", *names)]
         saved.append(torch.ops._dtensor.shard_dim_alltoall.default)  # of shard_frames
         options["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
+    if compile:
+        from torch._inductor import config as inductor
+
+        # With it torch 2.14.1 loses gradients on GPUs: 4 of the 6 rows of mod's gradient are never
+        # stored (pytorch issue 193061). This line may go once PR 193103, the fix, is released.
+        inductor.triton.mix_order_reduction = False
     for block in model.blocks:
         if activation_checkpointing != "none":
-            # A nested function, since torch.compile (2.14.1) silently ignores a functools.partial.
-            # Checkpoint inside compile: checkpoint around a compiled block raises.
+            # A nested function: torch.compile (2.14.1) silently ignores a functools.partial. And
+            # inside compile: checkpoint around a compiled block raises.
             def forward(*inputs, compute=block.forward):
                 return checkpoint(compute, *inputs, **options)
 
             block.forward = forward
         if compile:
-            compile_block(block)
+            block.compile(dynamic=False)
     if sp_mesh:
         shard_frames(model, sp_mesh)
 
 
-def compile_block(block):
-    """Compile a block. All blocks share two graphs, with and without pos.
-
-    mix_order_reduction is off because with it torch 2.14.1 loses gradients on GPUs: 4 of the 6 rows
-    of mod's gradient are never stored (pytorch issue 193061, fixed by PR 193103).
-    """
-    import torch._inductor.config
-
-    torch._inductor.config.triton.mix_order_reduction = False
-    block.compile(dynamic=False)
-
-
 def shard_frames(model, mesh):
-    """Sequence parallelism: the n processes of `mesh` share each video and hold T/n frames each, as
-    the activations of 65,536 tokens (64x512x512 pixels) may not fit on one GPU.
+    """Sequence parallelism, for the designs sequential and parallel: the n processes of `mesh`
+    share each video, T/n frames each, as the activations of 65,536 tokens (64x512x512 pixels) may
+    not fit on one GPU. n must divide T and S.
 
     Only temporal attention needs all frames. Before it an all-to-all gathers frames and scatters
-    patches, and after it another one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266).
-    Each process is given the whole video and returns the whole prediction, but its gradients of the
-    weights cover its own frames alone: their sum over processes is the gradient (train_step). n
-    must divide T and S. For the designs sequential and parallel.
+    patches, after it another one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266). Each
+    process takes the whole video and returns the whole prediction, but has the gradients of its own
+    frames: their sum over processes is the gradient (train_step).
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor import parallel as tp
 
-    whole = Replicate()
     plan = {
         # latents [B, C, T, H, W]: from the whole video to the frames of this process
         "x_embedder": tp.PrepareModuleInput(
-            input_layouts=whole, desired_input_layouts=Shard(2), use_local_output=True
+            input_layouts=Replicate(), desired_input_layouts=Shard(2), use_local_output=True
         ),
         # tokens [B, T, S, D] (and pos as it is): from frames to patches, and back; the module sees
         # plain tensors of this process
@@ -506,11 +474,10 @@ def shard_frames(model, mesh):
             use_local_input=True,
             output_layouts=Shard(2),
             desired_output_layouts=Shard(1),
-            use_local_output=True,
         ),
         # the prediction [B, 2C, T, H, W]: from the frames of this process to the whole video
         "final_layer": tp.PrepareModuleOutput(
-            output_layouts=Shard(2), desired_output_layouts=whole, use_local_output=True
+            output_layouts=Shard(2), desired_output_layouts=Replicate()
         ),
     }
     tp.parallelize_module(model, mesh, plan)

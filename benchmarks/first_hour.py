@@ -4,7 +4,7 @@
     python benchmarks/first_hour.py --parts 3 5           # some of its parts
 
     1  gradients of compiled blocks against eager ones, at the shape of each preset, without and
-       with Inductor's mix_order_reduction (stdit.compile_block)
+       with Inductor's mix_order_reduction (stdit.set_up_scaling)
     2  the three attentions against plain matrix products
     3  tokens/s, share of the peak and memory by preset and activation checkpointing, next to the
        predictions of cost_model.py and speed.predicted_memory

@@ -210,7 +210,7 @@ def predicted_memory(model, shape, clips=1, mode="none", bf16=False):
 # The check
 #
 # A compiler or a kernel can be wrong for one shape on one kind of GPU, without an error: see
-# stdit.compile_block. So the same numbers are computed in two ways: gradients by compiled and by
+# stdit.set_up_scaling. So the same numbers are computed in two ways: gradients by compiled and by
 # eager blocks, attention in bf16 by the kernel that torch selects and in fp32 by matrix products.
 
 # Largest allowed norm(found - expected) / norm(expected). A rounding to bf16 changes a number by up

@@ -15,7 +15,10 @@ from conftest import ROOT, assert_close, hand_attention, randomize
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.models import LatteTransformer3DModel, PixArtTransformer2DModel
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
+from diffusers.models.embeddings import (
+    get_1d_sincos_pos_embed_from_grid,
+    get_2d_sincos_pos_embed,
+)
 from torch.distributions import Normal
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -37,11 +40,13 @@ THEIRS |= dict(norm_type="ada_norm_single", norm_elementwise_affine=False, norm_
 PRECISIONS = [(torch.float32, 1e-5, "fp32, two blocks"), (torch.float64, 1e-9, "float64")]
 # Latent height and width, diffusers' interpolation_scale, and our space_scale. THEIRS is made for
 # 8x8 patches and spreads n patches over an axis of 8, so our scale is interpolation_scale * n / 8.
+# Where height and width differ see set_positions.
 GRIDS = [
     (16, 16, 1, 1.0),  # as PixArt at 512x512
     (8, 8, 1, 0.5),  # as at 256x256
-    (8, 16, 1, (0.5, 1.0)),
-    (24, 4, 2, (3.0, 0.5)),  # diffusers computes positions in fp32, which cannot represent 1/3
+    (8, 16, 1, 0.5),
+    (24, 24, 2, 3.0),  # diffusers computes positions in fp32, which cannot represent 1/3
+    (24, 4, 1, 1.5),
 ]
 
 
@@ -52,6 +57,18 @@ def converted(theirs, **config):
     model = randomize(STDiT(config), seed=9)
     model.load_state_dict(convert_state_dict(theirs, config, null))
     return model
+
+
+def set_positions(theirs, H, W, scale):
+    """On a grid that is not square diffusers would spread each axis by itself. Give it a part of
+    its positions of a square grid, index / scale on both axes.
+    """
+    h, w = H // 2, W // 2
+    n = max(h, w)
+    options = dict(base_size=n, interpolation_scale=scale, output_type="pt")
+    square = get_2d_sincos_pos_embed(32, n, **options).view(n, n, 32)
+    theirs.pos_embed.pos_embed = square[:h, :w].reshape(1, h * w, 32).float()
+    theirs.pos_embed.height, theirs.pos_embed.width = h, w
 
 
 def inputs(T, H, W, dtype=torch.float32, channels=24, lengths=(10, 6, 1)):
@@ -76,11 +93,13 @@ def frame_by_frame(pixart, x, t, y, mask):
 @torch.no_grad()
 def test_image_model_is_pixart(variant, T, H, W, interpolation, scale, dtype, atol, cause):
     pixart = randomize(PixArtTransformer2DModel(**THEIRS, interpolation_scale=interpolation))
+    if H != W:
+        set_positions(pixart, H, W, scale)
     model = converted(pixart.state_dict(), variant=variant, space_scale=scale)
     batch = inputs(T, H, W, dtype)
     found, expected = model.to(dtype)(*batch), frame_by_frame(pixart.to(dtype), *batch)
     assert expected.std() > 0.1  # there is something to compare
-    if interpolation == 2:
+    if scale in (1.5, 3.0):
         atol, cause = max(atol, 1e-6), "positions, in fp32 there and in float64 here"
     assert_close(found, expected, atol, cause)
 
@@ -105,6 +124,8 @@ def latte_mask(mask, T, dtype):
 @torch.no_grad()
 def test_the_latte_variant_is_diffusers_latte(T, H, W, interpolation, scale, dtype, atol, cause):
     latte = randomize(LatteTransformer3DModel(**THEIRS, video_length=T))
+    if H != W:
+        set_positions(latte, H, W, scale)
     model = converted(latte.state_dict(), variant="latte", space_scale=scale)
     x, t, y, mask = inputs(T, H, W, dtype)
     expected = latte.to(dtype)(x, t, y, encoder_attention_mask=latte_mask(mask, T, dtype)).sample
@@ -148,13 +169,14 @@ def from_parts(pixart, temporal, variant, time_scale, x, t, y, mask):
 @torch.no_grad()
 def test_video_model_is_built_from_diffusers_parts(variant, time_scale, dtype, atol, cause):
     pixart = randomize(PixArtTransformer2DModel(**THEIRS))
+    set_positions(pixart, 8, 16, 0.5)
     temporal = [randomize(Attention(32, heads=4, dim_head=8, bias=True), seed=i) for i in range(2)]
     theirs = pixart.state_dict()
     for i, attention in enumerate(temporal if variant != "full" else []):
         prefix = f"temporal_transformer_blocks.{i}.attn1."  # Latte's
         theirs |= {prefix + name: value for name, value in attention.state_dict().items()}
         attention.to(dtype)
-    model = converted(theirs, variant=variant, time_scale=time_scale, space_scale=(0.5, 1.0))
+    model = converted(theirs, variant=variant, time_scale=time_scale, space_scale=0.5)
     batch = inputs(5, 8, 16, dtype)
     expected = from_parts(pixart.to(dtype), temporal, variant, time_scale, *batch)
     assert_close(model.to(dtype)(*batch), expected, atol, cause)
