@@ -2,8 +2,8 @@
 
     python sample.py --weights out/toy --prompt "a red circle moving left"
 
-writes an MP4 and a GIF for each prompt (with --frames 1 a PNG) and one contact sheet. The process
-is IDDPM (Nichol and Dhariwal 2021, arXiv 2102.09672): 1000 forward steps add noise; in reverse the
+writes an MP4 and a GIF for each prompt (with --frames 1 a PNG) and a contact sheet. The process is
+IDDPM (Nichol and Dhariwal 2021, arXiv 2102.09672): 1000 forward steps add noise; in reverse the
 network predicts the noise and, in the second half of its channels, the variance of each step.
 
 Shapes in this file:
@@ -25,8 +25,10 @@ import av
 import torch
 import tyro
 from av.video.reformatter import Colorspace
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
+from torch.nn.functional import pad
 
 import data
 from data import UserError, keyed_generator, print0, progress, require
@@ -39,14 +41,14 @@ from stdit import STDiT, STDiTConfig
 # rising linearly from 1e-4 to 2e-2. Several steps combined are again Gaussian (DDPM, arXiv
 # 2006.11239, eq. 4):
 #     x_t = alpha_t x_0 + sigma_t noise,   alpha_t^2 = alphas_cumprod_t = prod_{s <= t} (1 - beta_s)
-# with sigma_t^2 = 1 - alpha_t^2. So sampling may use a subset of the timesteps, which is a schedule
-# of its own with larger betas (IDDPM, section 4).
+# with sigma_t^2 = 1 - alpha_t^2. So a subset of the timesteps is a schedule of its own, with larger
+# betas, for sampling in fewer steps (IDDPM, section 4).
 
 
 class Schedule(NamedTuple):
-    """Tables over N steps, in the order of increasing noise: index 0 is the last step of sampling
-    (t = 1 in the papers, which count from 1). They are float64; to(device) converts to fp32. alpha
-    and sigma have DPM-Solver's meaning; DDPM's alpha_t is 1 - beta_t.
+    """Tables over N steps of increasing noise: index 0 is the last step of sampling (t = 1 in the
+    papers). They are float64; to(device) makes them fp32. alpha and sigma are DPM-Solver's; DDPM's
+    alpha_t is 1 - beta_t.
     """
 
     timesteps: torch.Tensor  # [N]  timestep given to the network, 0 to 999
@@ -96,7 +98,7 @@ TRAIN_SCHEDULE = make_schedule(1000)
 
 def extract(table, t, x):
     """Return table[t], shaped to multiply x [B, C, T, H, W]. t, here and in the loss: indices into
-    a schedule [B], or an int. In the training schedule an index is the timestep.
+    a schedule [B], or an int; in the training schedule they are the timesteps.
     """
     return table[t].to(x).view(-1, 1, 1, 1, 1)
 
@@ -119,8 +121,7 @@ def posterior_mean(schedule, x0, x_t, t):
 
 def log_variance(schedule, var, t):
     """Return the log variance of a reverse step, interpolated between its bounds by the network's
-    variance channels `var`: log beta-tilde at -1, log beta at 1 (IDDPM, eq. 15, whose v is w here).
-    var is not clipped.
+    channels `var`, not clipped: log beta-tilde at -1, log beta at 1 (IDDPM, eq. 15, v is w here).
     """
     w = (var + 1) / 2
     lower = extract(schedule.posterior_log_variance, t, var)
@@ -137,10 +138,8 @@ def log_variance(schedule, var, t):
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Return a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the VLB at t, in bits per dimension. v1 trains on their sum. (So does IDDPM:
-    mse + 0.001 * a sum of 1000 terms is mse + their mean over t.)
-
-    out [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
+    term of the VLB at t, in bits per dimension. v1 and IDDPM train on their sum. out
+    [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
     eps, var = out.chunk(2, dim=1)  # 2 x [B, C, T, H, W]
     mse = (eps - noise).square().flatten(1).mean(1)
@@ -161,8 +160,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
     """Return the log probability of a bin of width 2/255 around x; the outer bins extend to
     infinity (DDPM, eq. 13). It suits pixels in [-1, 1] rather than latents, but v1 has it.
     """
-    # ndtr is the CDF of the standard normal
-    upper = torch.special.ndtr((x - mean + 1 / 255) * (-log_std).exp())
+    upper = torch.special.ndtr((x - mean + 1 / 255) * (-log_std).exp())  # CDF of the normal
     lower = torch.special.ndtr((x - mean - 1 / 255) * (-log_std).exp())
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
@@ -171,10 +169,9 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # ---------------------------------------------------------------------------------------------
 # Sampler steps
 #
-# A step computes x_{t-1} from x_t and the predicted noise. DDPM samples from the predicted
-# Gaussian. DDIM adds no noise and needs fewer steps: it integrates the probability-flow ODE, whose
-# solutions x_t are distributed at every t as those of q_sample. DPM-Solver++ integrates it to
-# second order, extrapolating x_0 from its last two predictions.
+# DDPM draws x_{t-1} from the predicted Gaussian. DDIM adds no noise and needs fewer steps: it
+# integrates the probability-flow ODE, whose x_t are distributed at every t as those of q_sample.
+# DPM-Solver++ does so to second order, extrapolating x_0 from its last two predictions.
 #
 # A step names the arguments that it uses, and returns x, one step closer to x_0:
 #     i        index into the schedule
@@ -200,10 +197,9 @@ def ddim_step(schedule, i, x0, eps, **_):
 
 
 def dpm_step(schedule, i, x, x0, x0_last, **_):
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). Without the extrapolation it is DDIM.
-
-    Its time variable is lambda = log(alpha / sigma), half the log SNR. It is infinite at x_0, so
-    the last step is first order, like the first, which has no earlier prediction.
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). Without the extrapolation it is DDIM. Its
+    time is lambda = log(alpha / sigma), which is infinite at x_0: so the last step is of first
+    order, like the first, which has no earlier prediction.
     """
     if x0_last is not None and i > 0:
         lambdas = (schedule.alpha / schedule.sigma).log()  # [N]
@@ -216,8 +212,8 @@ def dpm_step(schedule, i, x, x0, x0_last, **_):
 
 
 def dpm_schedule(steps):
-    """Return a Schedule of steps + 1 evenly spaced timesteps from 0 to 999, without the 0, as in
-    diffusers: near t = 0 lambda changes so fast that the extrapolation would overshoot.
+    """Return steps + 1 evenly spaced timesteps from 0 to 999, without the 0, as in diffusers: near
+    t = 0 lambda changes so fast that the extrapolation would overshoot.
     """
     require(2 <= steps <= 999, f"steps={steps}: expected 2 to 999 with --sampler dpm")
     return schedule_from_timesteps(make_schedule(steps + 1).timesteps[1:])
@@ -232,21 +228,17 @@ SAMPLERS = {  # name: (its schedule, its step)
 # ---------------------------------------------------------------------------------------------
 # Sampling with classifier-free guidance
 #
-# Training replaces 10% of the captions by the null caption, so one network predicts the noise with
-# and without a caption. Sampling extrapolates from the prediction without the caption beyond the
-# one with it (arXiv 2207.12598):
+# Training replaces 10% of the captions by the null caption, so the network predicts the noise with
+# and without a caption. Sampling extrapolates from the latter beyond the former (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
 # where guidance 1 is the plain conditional prediction. On the toy, guidance at small t distorts
 # shapes and colors, so it can be limited to large t (arXiv 2404.07724 also leaves out the largest).
 
 
 def predict_noise_and_variance(model, x, t, y, mask, guidance, v1_guidance=False):
-    """Return the guided eps and the variance channels, [B, C, T, H, W] each, for x
-    [B, C, T, H, W] at timestep t (scalar tensor).
-
-    y [2B, L, E], mask [2B, L]: B captions, then B null captions; with guidance 1 the captions
-    are enough. The variance is that of the captions. v1_guidance: guide 3 of the 4 channels, as v1
-    does (and DiT, which v1's code follows).
+    """Return the guided eps and the variance with the captions, [B, C, T, H, W] each. x
+    [B, C, T, H, W]; t a scalar tensor; y [2B, L, E], mask [2B, L] of B captions, then B null
+    captions, which guidance 1 does not need. v1_guidance: guide 3 of the 4 channels, as v1 and DiT.
     """
     B = len(x)
     if guidance == 1:
@@ -262,37 +254,30 @@ def predict_noise_and_variance(model, x, t, y, mask, guidance, v1_guidance=False
 @torch.no_grad()
 def sample_latents(
     model,
-    y,
-    mask,
-    shape,
-    keys,
-    steps,
-    guidance,
-    guidance_min_t=0,
+    y,  # [B, L, E]
+    mask,  # [B, L]
+    shape,  # (C, T, H, W) of the latents of a video
+    keys,  # for each video a tuple that seeds its noise, see video_keys
+    steps,  # v1: 100
+    guidance,  # v1: 7
+    guidance_min_t=0,  # use guidance only at timesteps >= this
     sampler="ddpm",
-    v1_guidance=False,
+    v1_guidance=False,  # as v1: guide three channels, null caption with the mask of the prompt
 ):
-    """Generate latents [B, C, T, H, W] for B captions. y [B, L, E], mask [B, L]; shape
-    (C, T, H, W) of one video's latents.
-
-    keys: for each video a tuple that seeds its noise, see video_keys. Up to rounding, a video does
-    not depend on the rest of its batch. v1's configs have 100 steps and guidance 7. guidance_min_t:
-    use guidance only at timesteps >= this. v1_guidance reproduces v1: three guided channels, and
-    a null caption with the padding mask of the prompt.
+    """Generate latents [B, C, T, H, W] for B captions. Up to rounding, a video does not depend on
+    the rest of its batch.
     """
     make, step = SAMPLERS[sampler]
-    schedule = make(steps)
-    timesteps = schedule.timesteps.tolist()  # on the CPU: comparing must not wait for the GPU
-    schedule = schedule.to(y.device)
-    generators = [keyed_generator(*key) for key in keys]  # seeded by a hash of the key
+    schedule = make(steps).to(y.device)
+    timesteps = schedule.timesteps.tolist()  # once, so that no step waits for the GPU
+    generators = [keyed_generator(*key) for key in keys]
 
     def noise():  # [B, C, T, H, W]
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y.device)
 
     if guidance != 1:
-        null = model.y_embedder.y_embedding.expand_as(y)  # [B, L, E]
+        y = torch.cat([y, model.y_embedder.y_embedding.expand_as(y)])  # [2B, L, E]
         null_mask = mask if v1_guidance else torch.ones_like(mask)
-        y = torch.cat([y, null])  # [2B, L, E]
         mask = torch.cat([mask, null_mask])  # [2B, L]
     x = noise()
     x0_last = None
@@ -313,8 +298,8 @@ def video_keys(seed, prompts):
 
 
 def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
-    """Generate and decode n videos, a list of uint8 [T, 3, H, W] in pixels. y [n, L, E], mask
-    [n, L]. batch_size: videos at a time. keys, shape, options: as for sample_latents().
+    """Generate and decode n videos, a list of uint8 [T, 3, H, W] in pixels, batch_size at a time.
+    y [n, L, E], mask [n, L]; keys, shape, options: as for sample_latents.
     """
     device = next(model.parameters()).device
     videos = []
@@ -331,8 +316,8 @@ def generate(model, vae, y, mask, keys, shape, batch_size=8, **options):
 
 
 def write_video(path, frames, fps):
-    """Write frames, uint8 [T, 3, H, W], as an H.264 MP4. The conversion to YCbCr uses the matrix
-    of BT.709, and the file says so; players guess the matrix of an untagged file.
+    """Write frames, uint8 [T, 3, H, W], as an H.264 MP4, in the colors of BT.709. The file says so,
+    since players guess those of an untagged file.
     """
 
     def write(tmp):
@@ -352,9 +337,7 @@ def write_video(path, frames, fps):
 
 
 def to_image(frame, height=0):
-    """Convert a frame, uint8 [3, H, W], to a PIL image; a small one is enlarged to about `height`
-    pixels.
-    """
+    """Convert a frame, uint8 [3, H, W], to a PIL image, if small enlarged to about that height."""
     factor = max(1, round(height / frame.shape[-2]))
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -371,26 +354,23 @@ def write_sheet(path, videos, captions):
     """Write a PNG with a row per video, uint8 [T, 3, H, W]: its caption above up to 8 frames."""
     T = len(videos[0])
     shown = torch.linspace(0, T - 1, min(T, 8)).round().long()
-    rows = [[to_image(frame, 128) for frame in video[shown]] for video in videos]
-    width = rows[0][0].width + 4
-    height = rows[0][0].height + 24
-    sheet = Image.new("RGB", (len(shown) * width + 4, len(rows) * height + 4), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for r, (images, caption) in enumerate(zip(rows, captions)):
-        draw.text((6, r * height + 4), caption, fill="black", font=font)
-        for k, image in enumerate(images):
-            sheet.paste(image, (4 + k * width, 24 + r * height))
+    framed = [pad(video[shown], (1, 1, 1, 1), value=255) for video in videos]  # in white
+    rows = [to_image(torch.cat([*video], dim=-1), 128) for video in framed]
+    height = rows[0].height + 20  # with the caption
+    sheet = Image.new("RGB", (rows[0].width, len(rows) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for r, (row, caption) in enumerate(zip(rows, captions)):
+        draw.text((4, r * height + 2), caption, fill="black", font=font)
+        sheet.paste(row, (0, r * height + 20))
     data.atomic_write(path, lambda tmp: sheet.save(tmp, format="PNG"))
 
 
 # ---------------------------------------------------------------------------------------------
 # Loading a model
 #
-# Weights are stored as a folder: config.json (STDiTConfig) and model.safetensors, written by
-# STDiT.save_pretrained, and sample.json, the other sampling settings (vae, t5, frames, size,
-# width, output_fps, guidance, guidance_min_t). A checkpoint of train.py is such a folder, with the
-# EMA weights; tools/convert_weights.py makes one from released weights.
+# Weights are a folder: config.json (STDiTConfig), model.safetensors and sample.json, the other
+# settings of sampling (vae, t5, frames, size, width, output_fps, guidance, guidance_min_t). A
+# checkpoint of train.py is one, with the EMA weights; tools/convert_weights.py makes others.
 
 
 def newest_checkpoint(run):
@@ -400,31 +380,28 @@ def newest_checkpoint(run):
 
 def find_weights(source):
     """Return the local folder with the weights of a run of train.py, a folder, or a Hub name."""
-    folder = data.local_folder(source)
-    files = ["config.json", "model.safetensors", "sample.json"]
     help = "convert released weights by tools/convert_weights.py; a run saves every --save-every"
+    folder = data.local_folder(source)
     if folder is None:
-        from huggingface_hub import snapshot_download
-
+        files = ["config.json", "model.safetensors", "sample.json"]
         try:
             folder = Path(snapshot_download(source, allow_patterns=files))
         except (OSError, ValueError) as error:
             reason = f"could not be downloaded from the Hub ({type(error).__name__})"
             raise UserError(f"{source} is not a local folder, and {reason}; {help}") from None
     folder = newest_checkpoint(folder) or folder
-    found = all((folder / name).is_file() for name in files[:2])
+    found = (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
     require(found, f"{source} has no config.json and model.safetensors; {help}")
     return folder
 
 
 def load_model(source, **changes):
     """Load the model of a run, folder or Hub name, in eval mode and fp32. changes: new values for
-    fields of its config, e.g. space_scale. load_state_dict raises if a tensor is missing,
-    unexpected or of the wrong shape.
+    fields of its config. Raises if a tensor is missing, unexpected or of the wrong shape.
     """
     folder = find_weights(source)
     config = STDiTConfig(**json.loads((folder / "config.json").read_text()))
-    with torch.device("meta"):  # allocates and initializes nothing
+    with torch.device("meta"):  # nothing is allocated and initialized
         model = STDiT(replace(config, **changes))
     model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     return model.float().eval()
@@ -443,9 +420,7 @@ class SampleConfig:
     frames: int | None = None  # frames of a video, 1 for an image
     size: int | None = None  # height in pixels
     width: int | None = None  # in pixels; None: as in training, or the height if --size is set
-    space_scale: float | None = (
-        None  # spatial position = index / scale; None: in proportion to size
-    )
+    space_scale: float | None = None  # position = index / scale; None: in proportion to the size
     time_scale: float | None = None  # temporal position = index / scale
     output_fps: int | None = None  # frames per second of the files
     guidance: float | None = None  # classifier-free guidance, 1: none; v1: 7
@@ -462,22 +437,18 @@ class SampleConfig:
 
 
 def resolve(config):
-    """Replace the fields that are None by the settings of the weights, from their sample.json."""
+    """Replace the fields that are None by the settings of the weights. As in train.derive, the
+    spatial scale grows with the side of a frame, the root of its area.
+    """
     folder = find_weights(config.weights)
-    file = folder / "sample.json"
-    require(file.is_file(), f"{file} is missing; train.py and tools/convert_weights.py write it")
-    settings = json.loads(file.read_text())
-    trained = STDiTConfig(**json.loads((folder / "config.json").read_text()))
-    trained_area = settings["size"] * settings["width"]  # before the options replace them
-    settings |= {k: v for k, v in vars(config).items() if v is not None}
+    network = json.loads((folder / "config.json").read_text())
+    trained = json.loads((folder / "sample.json").read_text())
+    settings = trained | {k: v for k, v in vars(config).items() if v is not None}
     if config.size and not config.width:
         settings["width"] = config.size
-    # As in train.derive: the scale grows with the side, the root of the area.
-    ratio = math.sqrt(settings["size"] * settings["width"] / trained_area)
-    scale = trained.space_scale
-    scale = tuple(v * ratio for v in scale) if isinstance(scale, tuple) else scale * ratio
-    settings.setdefault("space_scale", scale)
-    settings.setdefault("time_scale", trained.time_scale)
+    ratio = settings["size"] * settings["width"] / (trained["size"] * trained["width"])
+    settings.setdefault("space_scale", network["space_scale"] * math.sqrt(ratio))
+    settings.setdefault("time_scale", network["time_scale"])
     return SampleConfig(**settings)
 
 
@@ -502,18 +473,15 @@ def main():
     start = time.time()
     c = tyro.cli(SampleConfig, description=__doc__.split("\n\nShapes")[0])
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
-    SAMPLERS[c.sampler][0](c.steps)  # a bad number of steps fails here, before anything is loaded
+    SAMPLERS[c.sampler][0](c.steps)  # a wrong number of steps fails before anything is loaded
     c = resolve(c)
-    device, _, world_size = data.init_distributed(c.device)
-    require(world_size == 1, "sample.py runs on one device: start it without torchrun")
+    device = data.init_distributed(c.device).device
     model = load_model(c.weights, space_scale=c.space_scale, time_scale=c.time_scale)
     vae = data.VAE(c.vae, device)
     vae.check_size(c.frames, c.size, c.width, model.config.patch_size)
-    t5 = data.T5(c.t5, model.config.caption_length, device)
     prompts = [data.clean_caption(prompt) for prompt in c.prompt]
-    y, mask = t5.encode(prompts)
-    del t5  # T5-XXL takes 9.5 GB in bf16
-    gc.collect()
+    y, mask = data.T5(c.t5, model.config.caption_length, device).encode(prompts)
+    gc.collect()  # frees T5; the XXL takes 9.5 GB in bf16
 
     print0(f"{c.weights}: {model.config}")
     print0(f"{c.frames} frames of {c.size}x{c.width}, guidance {c.guidance:g}")
@@ -523,8 +491,7 @@ def main():
     options = {name: getattr(c, name) for name in names}
     videos = generate(model.to(device), vae, y, mask, keys, shape, c.batch_size, **options)
     write_videos(c.out, c.prompt, videos, c.output_fps)
-    seconds = time.time() - start
-    print0(f"{c.steps} steps of {c.sampler} on {device}: {seconds:.1f} s with loading")
+    print0(f"{c.steps} steps of {c.sampler} on {device}: {time.time() - start:.1f} s with loading")
 
 
 if __name__ == "__main__":
