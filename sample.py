@@ -395,14 +395,18 @@ def find_weights(source):
     return folder
 
 
+def read_config(folder):
+    """Return the STDiTConfig of a folder of weights."""
+    return STDiTConfig(**json.loads((folder / "config.json").read_text()))
+
+
 def load_model(source, **changes):
     """Load the model of a run, folder or Hub name, in eval mode and fp32. changes: new values for
     fields of its config. Raises if a tensor is missing, unexpected or of the wrong shape.
     """
     folder = find_weights(source)
-    config = STDiTConfig(**json.loads((folder / "config.json").read_text()))
     with torch.device("meta"):  # nothing is allocated and initialized
-        model = STDiT(replace(config, **changes))
+        model = STDiT(replace(read_config(folder), **changes))
     model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     return model.float().eval()
 
@@ -441,14 +445,14 @@ def resolve(config):
     spatial scale grows with the side of a frame, the root of its area.
     """
     folder = find_weights(config.weights)
-    network = json.loads((folder / "config.json").read_text())
+    network = read_config(folder)
     trained = json.loads((folder / "sample.json").read_text())
     settings = trained | {k: v for k, v in vars(config).items() if v is not None}
     if config.size and not config.width:
         settings["width"] = config.size
     ratio = settings["size"] * settings["width"] / (trained["size"] * trained["width"])
-    settings.setdefault("space_scale", network["space_scale"] * math.sqrt(ratio))
-    settings.setdefault("time_scale", network["time_scale"])
+    settings.setdefault("space_scale", network.space_scale * math.sqrt(ratio))
+    settings.setdefault("time_scale", network.time_scale)
     return SampleConfig(**settings)
 
 

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 train.py --preset 16x256x256 --data CACHE
 
 A run is a folder: checkpoints, metrics.jsonl, loss.png, samples. --resume continues from its newest
-checkpoint, on the CPU bit for bit as if it had never stopped.
+checkpoint, on a CPU bit for bit as if it had never stopped.
 
 Shapes in this file:
     B clips in one forward pass on one process    C latent channels    T frames
@@ -21,7 +21,6 @@ import signal
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -37,7 +36,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import data
 import sample
@@ -47,8 +45,8 @@ from stdit import BLOCKS, MODELS, STDiT, set_up_scaling
 # ---------------------------------------------------------------------------------------------
 # Configuration
 #
-# TrainConfig holds all options of a run; tyro turns its fields into command-line options. Without
-# arguments it is the first stage of Open-Sora v1. The command line starts from a preset, the toy.
+# The fields of TrainConfig are the options of the command line. Their defaults are the first stage
+# of Open-Sora v1; the command line starts from a preset, by default the toy.
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ class TrainConfig:
     time_scale: float | None = None  # temporal position = index / scale; None: the model's
     trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: those named *_temp
     # data
-    data: str | None = (
-        None  # toy, or a cache of data.py, of which 1 clip in 20, at most 64, is held out
-    )
+    data: str | None = None  # toy, or a cache of data.py; 1 clip in 20, at most 64, is held out
     toy_clips: int = 2048  # training clips of the toy
     frames: int = 16  # frames of a clip
     size: int = 256  # height in pixels
@@ -86,9 +82,7 @@ class TrainConfig:
     drop_caption: float = 0.1  # fraction of captions replaced by the null caption, for guidance
     t_std: float | None = None  # timesteps are 1000 sigmoid(t_mean + t_std * normal); None: uniform
     t_mean: float = 0.0  # see t_std
-    min_snr: float | None = (
-        None  # loss weights min(1, min_snr / SNR), see loss_weights; None: all 1
-    )
+    min_snr: float | None = None  # loss weights min(1, min_snr / SNR); None: all 1
     seed: int = 0  # random seed
     # hardware
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
@@ -155,31 +149,31 @@ PRESETS = {name: replace(config, preset=name) for name, config in PRESETS.items(
 
 
 def derive(config):
-    """Replace the None of out, width and the two scales by their values."""
-    c = replace(config, width=config.width or config.size)
-    return replace(
-        c,
-        out=c.out or f"out/{c.preset}",
-        # The positions of 512x512 pixels, on which PixArt-alpha was trained, at any size.
-        space_scale=c.space_scale or math.sqrt(c.size * c.width) / 512,
-        time_scale=c.time_scale or MODELS[c.model].time_scale,
-    )
+    """Replace the None of out, width and the two scales by their values. At any size, positions are
+    those of 512x512 pixels, on which PixArt-alpha was trained.
+    """
+    c = config
+    width = c.width or c.size
+    space_scale = c.space_scale or math.sqrt(c.size * width) / 512
+    time_scale = c.time_scale or MODELS[c.model].time_scale
+    out = c.out or f"out/{c.preset}"
+    return replace(c, out=out, width=width, space_scale=space_scale, time_scale=time_scale)
 
 
 def model_config(config):
     """Return the STDiTConfig of a run."""
     c = derive(config)
-    scales = dict(space_scale=c.space_scale, time_scale=c.time_scale)
-    return replace(MODELS[c.model], variant=c.variant, **scales)
+    model = MODELS[c.model]
+    return replace(model, variant=c.variant, space_scale=c.space_scale, time_scale=c.time_scale)
 
 
 # ---------------------------------------------------------------------------------------------
 # Samples and draws
 #
-# Training samples form an endless stream, and each has an index in it. Step s takes the indices
-# s * batch_size to (s + 1) * batch_size - 1, shared among processes. All that is random about a
-# sample follows from its index: its clip (in a new order every epoch), timestep, noise, and whether
-# its caption is dropped. So any number of processes, and a resumed run, see the same samples.
+# Training samples form an endless stream. Step s takes those with the indices s * batch_size to
+# (s + 1) * batch_size - 1, shared among processes. All that is random about a sample follows from
+# its index: its clip (in a new order every epoch), timestep, noise, and whether its caption is
+# dropped. So any number of processes, and a resumed run, see the same samples.
 
 
 class Stream:
@@ -187,9 +181,6 @@ class Stream:
 
     def __init__(self, cache, rows, seed):
         self.cache, self.rows, self.seed = cache, rows, seed
-
-    def __len__(self):
-        return len(self.rows)
 
     def batch(self, indices):
         """Read the clips at these indices: x0 [B, C, T, H, W], y [B, L, E], mask [B, L]."""
@@ -237,7 +228,7 @@ def training_batch(config, stream, indices):
 
 def indices_from(step, batch_size, B, dp_rank, dp_size):
     """Yield the indices of each micro-batch of a process, from a step on. With batch_size 8, B 2
-    and 2 processes, rank 0 gets 0-1, 4-5, and in the next step 8-9, 12-13; rank 1 gets 2-3, 6-7.
+    and 2 processes, rank 0 gets 0-1, 4-5, then 8-9, 12-13 in the next step; rank 1 gets 2-3, 6-7.
     """
     for first in count(step * batch_size + dp_rank * B, batch_size):
         yield from (range(i, i + B) for i in range(first, first + batch_size, B * dp_size))
@@ -254,7 +245,7 @@ def prefetch(read, keys):
 
 
 def to_device(tensor, device):
-    """Copy a CPU tensor; to a GPU from pinned memory, so that the CPU does not wait for it."""
+    """Copy a CPU tensor; to a GPU from pinned memory, so that the CPU need not wait."""
     if str(device).startswith("cuda"):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -280,27 +271,24 @@ class Run:
     step: int  # optimizer steps done
     micro_batches: int  # forward passes per step on this process
     batches: Iterator  # results of training_batch
-    vae: data.VAE | None  # to decode sample videos
 
 
 def train_step(run):
-    """Do one optimizer step. Return the means of loss, MSE and VLB over the process's samples of
-    the step, [3], and the norm of the gradient.
+    """Do one optimizer step. Return [3], the means of loss, MSE and VLB over the step's samples on
+    this process, and the norm of the gradient.
     """
     c = run.config
     losses = torch.zeros(3, device=run.distributed.device)
     for k in range(run.micro_batches):
         batch = [to_device(tensor, run.distributed.device) for tensor in next(run.batches)]
         # DDP averages gradients over processes in the backward pass of the last micro-batch only.
-        no_sync = run.ddp_model is not run.model and k < run.micro_batches - 1
-        with run.ddp_model.no_sync() if no_sync else nullcontext():
-            loss_mse_vlb = training_loss(run, *batch) / run.micro_batches  # [3]
-            # DDP takes the mean over dp * sp processes. Needed is the mean over dp of the sums over
-            # sp, since processes that share a video have the gradients of their own frames.
-            (loss_mse_vlb[0] * c.sp).backward()
+        run.ddp_model.require_backward_grad_sync = k == run.micro_batches - 1
+        loss_mse_vlb = training_loss(run, *batch) / run.micro_batches  # [3]
+        # DDP's mean over all processes is too small by sp, since those that share a video have the
+        # gradients of their own frames, whose sum is needed.
+        (loss_mse_vlb[0] * c.sp).backward()
         losses += loss_mse_vlb.detach()
-    params = [p for p in run.model.parameters() if p.requires_grad]
-    grad_norm = clip_grad_norm_(params, c.grad_clip).item()  # waits for the GPU
+    grad_norm = clip_grad_norm_(run.model.parameters(), c.grad_clip).item()  # waits for the GPU
     if math.isfinite(grad_norm):  # the same on all processes, as DDP has averaged
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
         run.optimizer.step()
@@ -325,10 +313,8 @@ def training_loss(run, x0, y, mask, t, noise, drop):
 
 def drop_captions(y, mask, drop, null):
     """Replace captions by the null caption. y [B, L, E]; mask [B, L] bool; drop [B] bool; null
-    [L, E]. Returns the new (y, mask).
-
-    The null caption is not masked. v1 keeps the mask of the replaced caption, so there "no caption"
-    depends on that caption's length.
+    [L, E]. Returns the new y and mask. The null caption is not masked. (v1 keeps the mask of the
+    replaced caption, so there "no caption" depends on that caption's length.)
     """
     return torch.where(drop[:, None, None], null, y), mask | drop[:, None]
 
@@ -355,8 +341,7 @@ def update_ema(config, step, ema, model):
     """
     n = step + 1
     decay = min(config.ema_decay, (1 + n) / (10 + n))
-    pairs = [(a, p) for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    averages, weights = zip(*pairs)
+    averages, weights = list(ema.parameters()), list(model.parameters())
     torch._foreach_lerp_(averages, weights, 1 - decay)  # all of them in a few kernels
 
 
@@ -371,8 +356,8 @@ def train(config, distributed=data.Distributed()):
     begin = time.time()
     run = start_run(config, distributed)
     c = run.config
-    bar = tqdm(total=c.steps, initial=run.step, disable=None if distributed.rank == 0 else True)
-    start, timed_steps, seconds = run.step, 0, 0.0
+    start = logged = run.step
+    seconds = 0.0  # of the steps since the last log line
 
     def due(every):
         return run.step >= c.steps or (run.step > 0 and every > 0 and run.step % every == 0)
@@ -396,14 +381,11 @@ def train(config, distributed=data.Distributed()):
 
         clock = time.time()
         losses, grad_norm = train_step(run)
-        run.step += 1
-        timed_steps += 1
         seconds += time.time() - clock
-        bar.update()
+        run.step += 1
         if due(c.log_every):
-            log_step(run, losses, grad_norm, timed_steps * c.batch_size / seconds)
-            timed_steps, seconds = 0, 0.0
-    bar.close()
+            log_step(run, losses, grad_norm, (run.step - logged) * c.batch_size / seconds)
+            logged, seconds = run.step, 0.0
     data.barrier()
     print0(f"{c.out}: checkpoints, metrics.jsonl, loss.png, samples; {time.time() - begin:.0f} s")
 
@@ -435,9 +417,7 @@ def log_step(run, losses, grad_norm, clips_per_second):
 
 @lru_cache(maxsize=1)
 def cost_of_clip(config):
-    """Return the tokens of a clip, and the FLOP of its forward and backward pass if all weights
-    are trained.
-    """
+    """Return a clip's tokens, and the FLOP to train all weights on it, forward and backward."""
     m, (T, H, W) = model_config(config), (config.frames, config.size // 8, config.width // 8)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         y = torch.empty(1, m.caption_length, m.caption_channels)
@@ -448,17 +428,15 @@ def cost_of_clip(config):
 # ---------------------------------------------------------------------------------------------
 # Evaluation
 #
-# The mean loss over t says little, because it comes mostly from small t. Three other measures show
-# progress: the validation loss in four bins of t, with fixed noise; sample videos, always of the
-# same captions and noise; and, on the toy, the number of videos that match their caption according
-# to data.detect. All three use the EMA weights.
+# The mean loss over t says little, because it comes mostly from small t. Three measures of the EMA
+# weights show progress: the validation loss in four bins of t, with fixed noise; sample videos,
+# always of the same captions and noise; and, on the toy, how many of them match their captions.
 
 
 def evaluate(run):
     """Print the validation loss, write it to metrics.jsonl and plot it."""
     losses = validation_loss(run)
-    text = "  ".join(f"{loss:.4f}" for loss in losses)
-    print0(f"step {run.step}  validation loss by t: {text}")
+    print0(f"step {run.step}  validation loss by t: " + "  ".join(f"{x:.4f}" for x in losses))
     if run.distributed.rank == 0:
         write_metrics(run.config.out, {"step": run.step, "validation": losses})
         plot_losses(run.config.out)
@@ -489,8 +467,8 @@ def validation_loss(run):
 
 
 def write_samples(run):
-    """Generate sample videos, shared among processes, and write the first num_samples as a
-    contact sheet and next to each other as a GIF, or above 128 pixels as an MP4.
+    """Generate sample videos, shared among processes, and write the first num_samples as a contact
+    sheet and, next to each other, as a GIF (above 128 pixels an MP4).
     """
     c, d, validation = run.config, run.distributed, run.validation
     rows = sample_rows(c, validation, run.step == c.steps)
@@ -501,33 +479,32 @@ def write_samples(run):
     if rows[share]:
         x0, y, mask = default_collate([validation.cache[row] for row in rows[share]])  # x0: shape
         options = dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
-        options |= dict(batch_size=c.micro_batch or 32, steps=c.sample_steps, sampler="ddpm")
-        videos = sample.generate(run.ema, run.vae, y, mask, keys[share], x0.shape[1:], **options)
+        options |= dict(batch_size=c.micro_batch or 32, steps=c.sample_steps)
+        vae = data.VAE(validation.cache.encoders[0], d.device)
+        videos = sample.generate(run.ema, vae, y, mask, keys[share], x0.shape[1:], **options)
     shares = data.all_gather(videos)
     if d.rank == 0:
         n = d.world_size  # undo the slices [rank::n]
         videos = [shares[i % n][i // n] for i in range(len(rows))]
         shown = videos[: c.num_samples]
-        path = Path(c.out) / "samples" / f"step_{run.step:08d}"
-        sample.write_sheet(path.with_suffix(".png"), shown, captions)
-        suffix = ".gif" if c.size <= 128 else ".mp4"
-        write = sample.write_gif if c.size <= 128 else sample.write_video
-        write(path.with_suffix(suffix), torch.cat(shown, dim=-1), c.output_fps)
-        line = {"step": run.step, "samples": str(path.with_suffix(suffix))}
+        path = f"{c.out}/samples/step_{run.step:08d}"
+        sample.write_sheet(f"{path}.png", shown, captions)
+        write, suffix = (sample.write_gif, "gif") if c.size <= 128 else (sample.write_video, "mp4")
+        write(f"{path}.{suffix}", torch.cat(shown, dim=-1), c.output_fps)
+        line = {"step": run.step, "samples": f"{path}.{suffix}"}
         write_metrics(c.out, line | (evaluate_toy(captions, videos) if c.data == "toy" else {}))
     data.barrier()
 
 
 def sample_rows(config, validation, last):
     """Which validation captions to generate videos for, as rows of the cache: the first
-    num_samples. On the toy, where row i has caption i, all of them, unseen ones first; after the
-    last step 2 videos per seen caption and 8 per unseen one.
+    num_samples; on the toy, where row i has caption i, all, unseen ones first, and after the last
+    step 2 videos per seen caption and 8 per unseen one.
     """
     if config.data != "toy":
         return validation.rows[: config.num_samples]
     unseen = [data.LABELS.index(label) for label in data.UNSEEN]
     seen = [data.LABELS.index(label) for label in data.SEEN]
-    # two of each and six more of the unseen
     return 2 * (unseen + seen) + 6 * unseen if last else unseen + seen
 
 
@@ -536,7 +513,8 @@ def evaluate_toy(captions, videos):
     "unseen": the same}, "quality": means of data.shape_quality over the matching videos, or None}.
     """
     labels = {data.caption_of(label): label for label in data.LABELS}
-    accuracy, quality = {"seen": [0, 0], "unseen": [0, 0]}, []
+    accuracy = {"seen": [0, 0], "unseen": [0, 0]}
+    quality = []
     for caption, video in zip(captions, videos):
         label = labels[caption]
         counts = accuracy["unseen" if label in data.UNSEEN else "seen"]
@@ -551,7 +529,7 @@ def evaluate_toy(captions, videos):
 
 
 def read_metrics(out):
-    """Return the complete lines of a run's metrics.jsonl."""
+    """Return the lines of a run's metrics.jsonl, without a half-written last one."""
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -566,7 +544,8 @@ def plot_losses(out):
     """Write loss.png: the MSE of the noise in training, and in validation by t."""
     from matplotlib.figure import Figure
 
-    lines, figure = read_metrics(out), Figure(figsize=(8, 5), layout="constrained")
+    lines = read_metrics(out)
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="step", ylabel="mean squared error of the noise", yscale="log")
     train = {m["step"]: m["mse"] for m in lines if "mse" in m}
@@ -583,8 +562,7 @@ def plot_losses(out):
 #
 # A checkpoint is a folder that sample.py and --init read: config.json, model.safetensors (the EMA
 # weights) and sample.json. To resume, training.pt has the weights and the optimizer's state, and
-# state.json the rest. No generator state and no data position are saved: every draw is keyed on the
-# index in the stream, which follows from the step.
+# state.json the rest. The position in the data and all draws follow from the step.
 
 
 def save_checkpoint(run):
@@ -594,9 +572,8 @@ def save_checkpoint(run):
     c = run.config
     if run.distributed.rank == 0:
         vae, t5 = run.training.cache.encoders  # names of their sources
-        settings = dict(vae=vae, t5=t5)
-        for name in ("frames", "size", "width", "guidance", "guidance_min_t", "output_fps"):
-            settings[name] = getattr(c, name)
+        names = ("frames", "size", "width", "guidance", "guidance_min_t", "output_fps")
+        settings = dict(vae=vae, t5=t5) | {name: getattr(c, name) for name in names}
         training = dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict())
         state = dict(step=run.step, config=asdict(c), data=run.training.cache.settings)
         folder = Path(c.out) / "checkpoints" / f"step_{run.step:08d}"
@@ -612,25 +589,21 @@ def save_checkpoint(run):
     data.barrier()
 
 
-def load_checkpoint(folder, model, ema, optimizer, data_settings):
+def load_checkpoint(folder, config, model, ema, optimizer, data_settings):
     """Load the state of a run and return its step. UserError if its data, network or trainable
     weights were others. The options of the optimizer may be new.
     """
     state = json.loads((folder / "state.json").read_text())
-    found = state["data"], json.loads((folder / "config.json").read_text())
-    expected = data_settings, json.loads(json.dumps(asdict(model.config)))  # tuples as lists
-    for old, new, name in zip(found, expected, ("data", "options of the network")):
-        changed = [f"{k} {old.get(k)}" for k in new if old.get(k) != new[k]]
-        other = f"{folder} was trained with other {name} ({', '.join(changed)})"
-        require(not changed, f"{other}: resume with the same, or use --init")
+    old = vars(sample.read_config(folder)) | {"trainable": state["config"]["trainable"]}
+    new = vars(model.config) | {"trainable": config.trainable}
+    old, new = old | state["data"], new | data_settings
+    changed = [f"{name} {old.get(name)}" for name in new if old.get(name) != new[name]]
+    other = f"{folder} was trained with other options ({', '.join(changed)})"
+    require(not changed, f"{other}: resume with the same, or use --init")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
-    params = training["optimizer"]["param_groups"][0]["params"], optimizer.param_groups[0]["params"]
-    same = len(params[0]) == len(params[1])
-    require(same, f"{folder} trained other weights: resume with its --trainable, or use --init")
+    training["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # may be new
     model.load_state_dict(training["model"])
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     optimizer.load_state_dict(training["optimizer"])
-    optimizer.param_groups[0].update(options)
     ema.load_state_dict(load_file(folder / "model.safetensors"))
     return state["step"]
 
@@ -649,7 +622,7 @@ def start_run(config, distributed):
     require(len(set(steps)) == 1, f"ranks would start at steps {steps}: --out must be shared")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(f"{c}\n{model.config}\n{parameters:,} trainable parameters")
-    print0(f"{len(training)} clips, {len(validation)} for validation")
+    print0(f"{len(training.rows)} clips, {len(validation.rows)} for validation")
     print0(f"{d.world_size} process(es) on {d.device}")
     if d.rank == 0:
         Path(c.out).mkdir(parents=True, exist_ok=True)
@@ -658,12 +631,12 @@ def start_run(config, distributed):
 
     dp_size = d.world_size // c.sp
     B = c.micro_batch or c.batch_size // dp_size
-    ddp_model, sp_mesh = model, None
+    sp_mesh = None
     if c.sp > 1:  # sp consecutive ranks share each video
-        names = ("dp", "sp")
-        mesh = init_device_mesh(d.device.split(":")[0], (dp_size, c.sp), mesh_dim_names=names)
-        sp_mesh = mesh["sp"]
+        device_type, names = d.device.split(":")[0], ("dp", "sp")
+        sp_mesh = init_device_mesh(device_type, (dp_size, c.sp), mesh_dim_names=names)["sp"]
     set_up_scaling(model, c.activation_checkpointing, c.compile, sp_mesh)
+    ddp_model = model
     if d.world_size > 1:
         # Blocks are compiled one by one, so DDP need not split graphs to reduce gradients early.
         torch._dynamo.config.optimize_ddp = False
@@ -683,7 +656,6 @@ def start_run(config, distributed):
         step=step,
         micro_batches=c.batch_size // (B * dp_size),
         batches=prefetch(lambda i: training_batch(c, training, i), indices),
-        vae=data.VAE(training.cache.encoders[0], d.device) if c.num_samples else None,
     )
 
 
@@ -695,13 +667,13 @@ def check_options(config, distributed):
     expected = f"expected a multiple of {unit} (processes / sp x micro_batch)"
     require(c.batch_size % unit == 0, f"batch_size={c.batch_size}: {expected}")
     pt, ph, pw = MODELS[c.model].patch_size
-    sizes = c.frames // pt, (c.size // 8 // ph) * (c.width // 8 // pw)
-    found = f"sp={c.sp} with {sizes[0]} frames and {sizes[1]} patches a frame"
-    require(not any(size % c.sp for size in sizes), f"{found}: sp must divide both")
+    T, S = c.frames // pt, (c.size // 8 // ph) * (c.width // 8 // pw)
+    found = f"sp={c.sp} with {T} frames and {S} patches a frame"
+    require(T % c.sp == S % c.sp == 0, f"{found}: sp must divide both")
     temporal = c.variant in ("sequential", "parallel")
     require(c.sp == 1 or temporal, f"--sp {c.sp} needs --variant sequential or parallel")
-    if c.trainable == "temporal":
-        require(c.variant != "full", "--variant full has no temporal weights: use --trainable all")
+    temporal = c.variant != "full" or c.trainable == "all"
+    require(temporal, "--variant full has no temporal weights: use --trainable all")
     if c.compile:
         cxx, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
         found = shutil.which(cxx) and header.exists()
@@ -713,20 +685,22 @@ def create_model(config, device, data_settings):
     those of the newest checkpoint in config.out, if there is one.
     """
     torch.manual_seed(config.seed)
-    stdit_config = model_config(config)
-    checkpoint = sample.newest_checkpoint(config.out)
-    if config.init and not checkpoint:
-        model = sample.load_model(config.init, **vars(stdit_config)).train()
+    c, stdit_config = config, model_config(config)
+    checkpoint = sample.newest_checkpoint(c.out)
+    if c.init and not checkpoint:
+        model = sample.load_model(c.init, **vars(stdit_config)).train()
     else:
         model = STDiT(stdit_config)
     model.to(device)
     for name, p in model.named_parameters():
-        p.requires_grad_(config.trainable == "all" or "_temp" in name)
+        p.requires_grad_(c.trainable == "all" or "_temp" in name)
     ema = deepcopy(model).requires_grad_(False).eval()
-    trainable_params = [p for p in model.parameters() if p.requires_grad]
-    options = dict(betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
-    optimizer = torch.optim.AdamW(trainable_params, **options)  # train_step sets its learning rate
-    step = load_checkpoint(checkpoint, model, ema, optimizer, data_settings) if checkpoint else 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options = dict(betas=(0.9, c.beta2), weight_decay=c.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, **options)  # train_step sets its learning rate
+    step = 0
+    if checkpoint:
+        step = load_checkpoint(checkpoint, c, model, ema, optimizer, data_settings)
     return model, ema, optimizer, step
 
 
@@ -760,8 +734,6 @@ def toy_caches(config, distributed):
     their paths, for training and validation.
     """
     c, model = config, MODELS[config.model]
-    if c.stride != 1 or c.width != c.size:
-        raise UserError("the toy has --stride 1 and square frames: drop --stride and --width")
     vae = data.VAE("assets/vae", distributed.device)
     vae.check_size(c.frames, c.size, c.size, model.patch_size)
     t5 = data.T5("assets/t5", model.caption_length, distributed.device)
@@ -780,27 +752,25 @@ def toy_caches(config, distributed):
 def parse_command_line(argv=None):
     """Return the TrainConfig of a command line. --preset, --out and --resume are parsed first,
     because they determine the defaults: those of the preset, or the options of the run to resume.
-    A resumed run may change its steps, intervals, optimizer options and hardware. Another data set,
-    network or choice of trainable weights is an error; another seed or batch size gives others of
-    the samples.
+    A resumed run may change all but its data, network and trainable weights; another seed or batch
+    size gives it others of the samples.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--out")
-    args, _ = first.parse_known_args(argv)  # only to find the defaults
+    args, _ = first.parse_known_args(argv)
     out = args.out or f"out/{args.preset}"
-    default = replace(PRESETS[args.preset], preset=args.preset, out=out)
+    default = replace(PRESETS[args.preset], out=out)
     checkpoint = sample.newest_checkpoint(out)
     if args.resume and checkpoint:
         stored = json.loads((checkpoint / "state.json").read_text())["config"]
         default = replace(TrainConfig(**stored), out=out)
-    rank0 = os.environ.get("RANK", "0") == "0"
-    description = __doc__.split("\n\nShapes")[0]
-    options = dict(default=default, description=description, console_outputs=rank0)
+    options = dict(default=default, description=__doc__.split("\n\nShapes")[0])
+    options |= dict(console_outputs=os.environ.get("RANK", "0") == "0")
     config = tyro.cli(TrainConfig, args=argv, **options)
-    if checkpoint and not args.resume:
-        raise UserError(f"{out} holds a run: continue it with --resume, or give another --out")
+    new = args.resume or not checkpoint
+    require(new, f"{out} holds a run: continue it with --resume, or give another --out")
     return config
 
 
