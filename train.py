@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import sample
-from data import UserError, keyed_generator, print0, require
+from data import keyed_generator, print0, require
 from stdit import BLOCKS, MODELS, STDiT, set_up_scaling
 
 # ---------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def train(config, distributed=data.Distributed()):
     run = start_run(config, distributed)
     c = run.config
     start = logged = run.step
-    seconds = 0.0  # of the steps since the last log line
+    seconds = 0.0  # of the steps since `logged`
 
     def due(every):
         return run.step >= c.steps or (run.step > 0 and every > 0 and run.step % every == 0)
@@ -670,14 +670,14 @@ def check_options(config, distributed):
     T, S = c.frames // pt, (c.size // 8 // ph) * (c.width // 8 // pw)
     found = f"sp={c.sp} with {T} frames and {S} patches a frame"
     require(T % c.sp == S % c.sp == 0, f"{found}: sp must divide both")
-    temporal = c.variant in ("sequential", "parallel")
-    require(c.sp == 1 or temporal, f"--sp {c.sp} needs --variant sequential or parallel")
-    temporal = c.variant != "full" or c.trainable == "all"
-    require(temporal, "--variant full has no temporal weights: use --trainable all")
+    possible = c.sp == 1 or c.variant in ("sequential", "parallel")
+    require(possible, f"--sp {c.sp} needs --variant sequential or parallel")
+    possible = c.trainable == "all" or c.variant != "full"
+    require(possible, "--variant full has no temporal weights: use --trainable all")
     if c.compile:
         cxx, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
-        found = shutil.which(cxx) and header.exists()
-        require(found, f"--compile needs {cxx} and {header}: install them, or use --no-compile")
+        possible = shutil.which(cxx) and header.exists()
+        require(possible, f"--compile needs {cxx} and {header}: install them, or use --no-compile")
 
 
 def create_model(config, device, data_settings):
@@ -698,9 +698,7 @@ def create_model(config, device, data_settings):
     trained = [p for p in model.parameters() if p.requires_grad]
     options = dict(betas=(0.9, c.beta2), weight_decay=c.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(trained, **options)  # train_step sets its learning rate
-    step = 0
-    if checkpoint:
-        step = load_checkpoint(checkpoint, c, model, ema, optimizer, data_settings)
+    step = load_checkpoint(checkpoint, c, model, ema, optimizer, data_settings) if checkpoint else 0
     return model, ema, optimizer, step
 
 
@@ -719,8 +717,8 @@ def open_data(config, distributed):
 
 def open_cache(path, config):
     """Return the LatentCache at `path`; UserError if it does not fit the config."""
-    if not path or not (Path(path) / "index.json").is_file():
-        raise UserError(f"--data {path} is not a latent cache: make one with data.py")
+    found = path and (Path(path) / "index.json").is_file()
+    require(found, f"--data {path} is not a latent cache: make one with data.py")
     cache, model = data.LatentCache(path), MODELS[config.model]
     needed = {k: getattr(config, k) for k in ("frames", "size", "width", "stride")}
     needed |= {k: getattr(model, k) for k in ("caption_length", "caption_channels")}
@@ -752,8 +750,7 @@ def toy_caches(config, distributed):
 def parse_command_line(argv=None):
     """Return the TrainConfig of a command line. --preset, --out and --resume are parsed first,
     because they determine the defaults: those of the preset, or the options of the run to resume.
-    A resumed run may change all but its data, network and trainable weights; another seed or batch
-    size gives it others of the samples.
+    A resumed run may change all but its data, network and trainable weights.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy")
@@ -775,9 +772,7 @@ def parse_command_line(argv=None):
 
 
 def request_stop(number, frame):
-    """Handle SIGTERM and Ctrl-C: the run finishes its step, saves and stops. The next Ctrl-C stops
-    it immediately.
-    """
+    """Handle SIGTERM and Ctrl-C: finish the step, save and stop. The next Ctrl-C stops at once."""
     global stop_requested
     stop_requested = True
     print0("stopping after the current step; Ctrl-C again stops at once, without saving")
