@@ -28,7 +28,7 @@ import os
 import re
 import struct
 import sys
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import av
 import numpy as np
@@ -85,7 +85,7 @@ def list_files(folder):
 
 def read_text(path):
     """The text of a UTF-8 file, with or without a byte order mark."""
-    content = path.read_bytes().replace(b"\0", b"\xff")  # NUL is of UTF-16; UTF-8 has no byte 255
+    content = path.read_bytes().replace(b"\0", b"\xff")  # UTF-16 has NULs; UTF-8 has no byte 255
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,7 +151,7 @@ class UnreadableClip(Exception):
 def read_frames(path, frames, stride=1, generator=None, transform=lambda frame: frame):
     """Read a temporal crop of a clip: uint8 [T, 3, H, W], T = `frames` frames, `stride` source
     frames apart. The generator draws the first one; without it, the crop is in the middle. A frame
-    [3, H, W] is transformed when it is decoded. UnreadableClip if the clip is short or damaged.
+    [3, H, W] is transformed as it is decoded. UnreadableClip if a clip is too short or damaged.
     """
 
     def crop(count):
@@ -230,7 +230,7 @@ def open_video(path):
 
 
 def list_packets(path):
-    """The number of packets and, if each should be a frame, their sorted presentation times."""
+    """The number of packets and, if each should be a frame, their sorted times, else []."""
     with open_video(path) as (container, stream):
         packets = container.demux(stream)
         packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
@@ -244,8 +244,8 @@ def list_packets(path):
 
 
 def decode(path, numbers, transform, times=()):
-    """Decode the frames with these numbers: {number: transform(frame)}, without those after the end
-    of the clip, and the number of frames counted. times: those of all frames, empty if unknown.
+    """Decode the frames with these numbers. Returns {number: transform(frame)}, without those after
+    the end, and the number of frames counted. times: of all frames, or empty if they are not known.
     """
     first, last = min(numbers), max(numbers)
     found, damaged, earlier = {}, False, {*times[:first]}
@@ -355,7 +355,8 @@ class Clips:
         return len(self.files)
 
     def __getitem__(self, row):
-        s, generator = self.settings, keyed_generator(self.settings["seed"], "crop", row)
+        s = self.settings
+        generator = keyed_generator(s["seed"], "crop", row)
         transform = partial(center_crop_and_resize, height=s["size"], width=s["width"])
         try:
             if not self.captions[row]:
@@ -387,7 +388,8 @@ def local_folder(source):
 
 def load_frozen(load, source, part, **options):
     """Call a library's from_pretrained on a source's subfolder `part`, if any, or on the source."""
-    folder, reasons = local_folder(source), []  # on the Hub both are tried
+    folder, reasons = local_folder(source), []
+    # What a repository on the Hub has is found out by trying.
     subfolders = [part, ""] if folder is None else [part if (folder / part).is_dir() else ""]
     for subfolder in subfolders:
         try:
@@ -466,7 +468,7 @@ class T5:
 
     @torch.no_grad()
     def encode(self, captions):
-        """Embeddings [B, L, E], fp32, 0 at padding, and mask [B, L], True at tokens, at most L."""
+        """Embeddings [B, L, E], 0 at padding, and mask [B, L], True at tokens; L is the maximum."""
         options = {"max_length": self.length, "padding": "max_length", "truncation": True}
         batch = self.tokenizer(list(captions), return_tensors="pt", **options).to(self.device)
         ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, L] each
@@ -699,7 +701,7 @@ def detect(video):
 
 def shape_quality(video, label):
     """How well single frames show a label: the fraction of frames with its shape, the mean
-    intersection over union with it, and the standard deviation of the color, of 255, over frames.
+    intersection over union with it, and the flicker: the standard deviation of the color, of 255.
     """
     covered, shape = color_coverage(video, label[0]), SHAPES.index(label[1])
     iou, _, _ = fit_shapes(covered)
@@ -767,7 +769,10 @@ def main():
 # torchrun starts one process per GPU and tells each its rank. Without torchrun there is no process
 # group, and the collectives below do nothing.
 
-RANK = int(os.environ.get("RANK", 0))  # number of this process
+RANK = int(os.environ.get("RANK", 0))
+# The device of this process, its rank, and the number of processes
+Distributed = namedtuple("Distributed", "device rank world_size", defaults=("cpu", 0, 1))
+patient_group = None  # all processes, with a timeout for long work of some of them
 
 
 class UserError(Exception):
@@ -825,17 +830,6 @@ def print0(text):
     if RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()
-
-
-class Distributed(NamedTuple):
-    """The device of this process, its rank, and the number of processes."""
-
-    device: str = "cpu"
-    rank: int = 0
-    world_size: int = 1
-
-
-patient_group = None  # all processes, with a timeout for long work of some of them
 
 
 def init_distributed(device="auto"):
