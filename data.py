@@ -617,9 +617,8 @@ def coverage(shape, center, radius, size):
         distance = (x**2 + y**2).sqrt() - radius
     elif shape == "square":
         distance = torch.maximum(x.abs(), y.abs()) - radius * math.sqrt(math.pi) / 2
-    else:  # an equilateral triangle, point up
-        inner = radius * INNER  # radius of its inscribed circle: distance of all three sides
-        distance = torch.maximum(y, (math.sqrt(3) * x.abs() - y) / 2) - inner
+    else:  # an equilateral triangle, point up; its sides are radius * INNER away from the center
+        distance = torch.maximum(y, (math.sqrt(3) * x.abs() - y) / 2) - radius * INNER
     return (0.5 - distance).clamp(0, 1)
 
 
