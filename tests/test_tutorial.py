@@ -65,7 +65,7 @@ def test_numbers_in_the_prose_of_the_tutorial():
     u = torch.arange(1, 1000) / 1000  # the density of 1000 sigmoid(0.4 + n)
     density = (-0.5 * (torch.logit(u) - 0.4) ** 2).exp() / (u * (1 - u))
     assert "densest at 682" in text and density.argmax() + 1 == 682
-    assert "are 2.1 GB" in text and round(28 * 2 * 32768 * 1152 * 2 / 2 / 1e9, 1) == 2.1
+    assert "are 3.2 GB" in text and round(28 * (4 + 2) * 32768 * 1152 / 2 / 1e9, 1) == 3.2
     for frames, patches in ("10.0", 256), ("3.3", 1024):  # where full attention costs the same
         assert f"{frames} " in text and f"{(patches + 2 * 1152) / (patches - 1):.1f}" == frames
     assert "= 90%" in text and round(100 * 0.9999**1000) == 90
