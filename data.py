@@ -210,6 +210,8 @@ def on_white(image):
     """The pixels of a PIL image on white, uint8 [H, W, 3]."""
     if image.mode.startswith("I;16"):  # convert() would clip it at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UnreadableClip("an image of 32 bits per value; convert it to 8 or 16")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
@@ -317,7 +319,10 @@ def to_rgb(frame, stream):
     image = frame.to_ndarray(width=width, format="rgba" if alpha else "rgb24", threads=1)
     if alpha:
         image = on_white(Image.fromarray(image))
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError as error:  # PyAV's list of kinds is incomplete
+        raise UnreadableClip(f"PyAV: side data {error}; convert it, a picture to JPEG") from None
     if matrix is not None:
         a, b, _, c, d = struct.unpack_from("5i", bytes(matrix))  # (x, y) to (ax + cy, bx + dy)
         if abs(b) > abs(a):  # a quarter turn is a transposition; what is left are flips
