@@ -446,7 +446,9 @@ def resolve(config):
     """
     folder = find_weights(config.weights)
     network = read_config(folder)
-    trained = json.loads((folder / "sample.json").read_text())
+    file = folder / "sample.json"
+    require(file.is_file(), f"{file} is missing; train.py and tools/convert_weights.py write it")
+    trained = json.loads(file.read_text())
     settings = trained | {k: v for k, v in vars(config).items() if v is not None}
     if config.size and not config.width:
         settings["width"] = config.size
@@ -479,7 +481,8 @@ def main():
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
     SAMPLERS[c.sampler][0](c.steps)  # a wrong number of steps fails before anything is loaded
     c = resolve(c)
-    device = data.init_distributed(c.device).device
+    device, _, world_size = data.init_distributed(c.device)
+    require(world_size == 1, "sample.py runs on one device: start it without torchrun")
     model = load_model(c.weights, space_scale=c.space_scale, time_scale=c.time_scale)
     vae = data.VAE(c.vae, device)
     vae.check_size(c.frames, c.size, c.width, model.config.patch_size)

@@ -428,12 +428,6 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
         saved = [getattr(aten, name).default for name in ("mm", "addmm", *names)]
         saved.append(torch.ops._dtensor.shard_dim_alltoall.default)  # of shard_frames
         options["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
-    if compile:
-        from torch._inductor import config as inductor
-
-        # With it torch 2.14.1 loses gradients on GPUs: 4 of the 6 rows of mod's gradient are never
-        # stored (pytorch issue 193061). This line may go once PR 193103, the fix, is released.
-        inductor.triton.mix_order_reduction = False
     for block in model.blocks:
         if activation_checkpointing != "none":
             # A nested function: torch.compile (2.14.1) silently ignores a functools.partial. And
@@ -443,9 +437,20 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
 
             block.forward = forward
         if compile:
-            block.compile(dynamic=False)
+            compile_block(block)
     if sp_mesh:
         shard_frames(model, sp_mesh)
+
+
+def compile_block(block):
+    """Compile a block, without mix_order_reduction: with it torch 2.14.1 loses gradients on GPUs.
+    4 of the 6 rows of mod's gradient are never stored (pytorch issue 193061). The line may go once
+    the fix, PR 193103, is released.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.triton.mix_order_reduction = False
+    block.compile(dynamic=False)
 
 
 def shard_frames(model, mesh):

@@ -732,6 +732,8 @@ def toy_caches(config, distributed):
     their paths, for training and validation.
     """
     c, model = config, MODELS[config.model]
+    square = c.stride == 1 and c.width == c.size
+    require(square, "the toy has --stride 1 and square frames: drop --stride and --width")
     vae = data.VAE("assets/vae", distributed.device)
     vae.check_size(c.frames, c.size, c.size, model.patch_size)
     t5 = data.T5("assets/t5", model.caption_length, distributed.device)

@@ -53,6 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cost_model
 
 import data
+import stdit
 import train
 from sample import sample_latents
 from stdit import BLOCKS, MODELS, STDiT, STDiTBlock, STDiTConfig, autocast, set_up_scaling
@@ -106,7 +107,7 @@ class Latte(nn.Module):
         if compile:
             blocks = *self.model.transformer_blocks, *self.model.temporal_transformer_blocks
             for block in blocks:
-                block.compile(dynamic=False)
+                stdit.compile_block(block)
 
     def forward(self, x, t, y, mask):
         bias = (~mask * -10000.0)[:, None].repeat_interleave(x.shape[2], 0)  # [B*T, 1, L]

@@ -491,6 +491,7 @@ BAD = {  # options that do not fit each other
     "--variant full has no temporal weights": {"variant": "full", "trainable": "temporal"},
     "sp=3 must divide the 1 process": {"sp": 3},
     "--compile needs .*no-such-compiler.*--no-compile": {"compile": True},
+    "the toy has --stride 1": {"data": "toy", "stride": 2},
 }
 
 
