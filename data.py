@@ -74,7 +74,7 @@ def list_files(folder):
     """The files of clips below a folder, also behind symbolic links, without hidden ones."""
     files, entered = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in entered:  # a loop of links, or a second way to the files
+        if os.path.realpath(parent) in entered:  # a loop of links, or visited before
             folders.clear()
             continue
         entered.add(os.path.realpath(parent))
@@ -85,7 +85,9 @@ def list_files(folder):
 
 def read_text(path):
     """The text of a UTF-8 file, with or without a byte order mark."""
-    content = path.read_bytes().replace(b"\0", b"\xff")  # UTF-16 has NULs; UTF-8 has no byte 255
+    content = path.read_bytes().replace(
+        b"\0", b"\xff"
+    )  # so that UTF-16, with its NULs, is an error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -96,13 +98,15 @@ def read_text(path):
 def read_table(path):
     """The rows of a CSV with the columns path and text, as dicts."""
     csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
-    reader, rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True), []
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = []
     problem = "no path, a missing column, or a text with commas without quotes"
     try:
-        reader.fieldnames = header = [name.strip() for name in reader.fieldnames or ()]
+        header = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
         require({"path", "text"} <= {*header}, f"{path}, line 1: needs path,text; it has {header}")
         for row in reader:  # a key None holds surplus fields, values None are missing ones
-            complete = row["path"] and None not in (*row, *row.values())
+            complete = row["path"] and None not in row and None not in row.values()
             require(complete, f"{path}, line {reader.line_num}: {problem}")
             rows.append(row)
     except csv.Error as error:
@@ -127,10 +131,11 @@ def clean_caption(text):
 #
 # Frames are what the decoder gives, in its order, and their number is known only when it ends: a
 # packet of a file can hold half a frame, a hidden one, or one that cannot be decoded after a cut.
-# So the start is drawn over the number of packets and, if the clip ends early, again over the
-# number of frames. Decoding begins at the first packet or, where files store presentation times
-# (MP4, Matroska), at the keyframe before the start; if the times of frames then differ from those
-# of the packets, all is decoded from the first packet.
+# 1. The start is drawn over the number of packets.
+# 2. Where files store presentation times (MP4, Matroska), decoding begins at the keyframe before
+#    it. If frames then come at other times than packets, or are damaged, that is given up.
+# 3. Otherwise all is decoded from the first packet and counted. If the clip ends early, the start
+#    is drawn again, over the number of frames.
 
 TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}  # containers that store presentation times
 ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9"}  # codecs, unless interlaced (decoded_frames)
@@ -172,7 +177,7 @@ def read_chosen(path, choose, transform=lambda frame: frame):
     try:
         image = read_image(path)
         if image is not None:
-            return torch.stack([transform(image) for _ in choose(1)])  # or choose raises
+            return torch.stack([transform(image) for _ in choose(1)])  # choose raises for more
         count, times = list_packets(path)
         numbers = choose(count)
         found, count = decode(path, numbers, transform, times)
@@ -182,7 +187,7 @@ def read_chosen(path, choose, transform=lambda frame: frame):
         return torch.stack([found[number] for number in numbers])
     except DAMAGE as error:
         if isinstance(error, (OSError, MemoryError)) and error.errno:
-            raise  # an error of the system, such as a limit on threads or open files
+            raise  # of the system (PyAV's have an errno too), such as too many open files
         raise UnreadableClip(f"{type(error).__name__}: {error}") from None
 
 
@@ -250,7 +255,8 @@ def decode(path, numbers, transform, times=()):
     the end, and the number of frames counted. times: of all frames, or empty if they are not known.
     """
     first, last = min(numbers), max(numbers)
-    found, damaged, earlier = {}, False, {*times[:first]}
+    earlier = {*times[:first]}  # frames between the keyframe and the first one
+    found, damaged = {}, False
     with open_video(path) as (container, stream):
         count = 0
         if times:
@@ -261,13 +267,14 @@ def decode(path, numbers, transform, times=()):
             if frame.pts in earlier:
                 continue
             if times and (damaged or (count <= last and frame.pts != times[count])):
-                break  # not as listed: decode from the beginning, below
+                break  # not as listed: decode from the first packet, below
             if damaged and count >= first:
                 raise UnreadableClip(f"frame {count} is damaged, or one before it")
             if count in numbers:
                 found[count] = transform(to_rgb(frame, stream))
             count += 1
-            # A B-frame also depends on the next other frame, at most 16 frames later.
+            # Damage after the last frame counts while B-frames follow: then the frame they need,
+            # the next that is not a B-frame, was decoded before the last one.
             b_frame = frame.pict_type == av.video.frame.PictureType.B
             if count > last + 16 or (count > last and not b_frame):
                 break
@@ -282,11 +289,14 @@ def decoded_frames(container, stream, times):
     """The frames of a stream, deinterlaced. If times are given, frames at other times may be left
     out, and an interlaced frame is the end, since its filter needs the frame before.
     """
-    codec, graph, begun = stream.codec_context, None, False
+    codec, graph = stream.codec_context, None
+    begun = False  # whether a packet was decoded
     packets = (packet for packet in container.demux(stream) if packet.size)
     for packet in chain(packets, [None]):  # None: the frames that the decoder still holds
         needed = not times or packet is None or times[0] <= packet.pts <= times[-1]
-        codec.skip_frame = "DEFAULT" if needed else "NONREF"  # left out if no frame refers to it
+        codec.skip_frame = (
+            "DEFAULT" if needed else "NONREF"
+        )  # NONREF: leaves out what no frame refers to
         try:
             frames = codec.decode(packet)
         except av.InvalidDataError:

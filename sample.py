@@ -4,12 +4,13 @@
 
 writes an MP4 and a GIF for each prompt (with --frames 1 a PNG) and a contact sheet. The process is
 IDDPM (Nichol and Dhariwal 2021, arXiv 2102.09672): 1000 forward steps add noise; in reverse the
-network predicts the noise and, in the second half of its channels, the variance of each step.
+network predicts the noise and, by the second half of its channels, the variance of each step.
 
 Shapes in this file:
     B batch    C latent channels    T frames    L caption tokens    E caption channels
     H, W height and width of latents; in videos [T, 3, H, W] of pixels
-    N steps of a schedule, 1000 in training
+    N steps of a schedule, 1000 in training    t, i indices into a schedule, t [B] or i an int;
+    in the training schedule the index is the timestep
 """
 
 import gc
@@ -58,8 +59,8 @@ class Schedule(NamedTuple):
     sigma_prev: torch.Tensor  # [N]  0 at index 0
     posterior_mean_coef1: torch.Tensor  # [N]  of x_0 in the mean of q(x_{t-1} | x_t, x_0)
     posterior_mean_coef2: torch.Tensor  # [N]  of x_t (DDPM, eq. 7)
-    log_betas: torch.Tensor  # [N]  log variance of a reverse step: its upper bound
-    posterior_log_variance: torch.Tensor  # [N]  log beta-tilde: its lower bound
+    log_betas: torch.Tensor  # [N]  upper bound of the log variance of a reverse step
+    posterior_log_variance: torch.Tensor  # [N]  lower bound, log beta-tilde
 
     def to(self, device):
         return Schedule(self.timesteps.to(device), *(t.float().to(device) for t in self[1:]))
@@ -97,9 +98,7 @@ TRAIN_SCHEDULE = make_schedule(1000)
 
 
 def extract(table, t, x):
-    """Return table[t], shaped to multiply x [B, C, T, H, W]. t, here and in the loss: indices into
-    a schedule [B], or an int; in the training schedule they are the timesteps.
-    """
+    """Return table[t], shaped to multiply x [B, C, T, H, W]."""
     return table[t].to(x).view(-1, 1, 1, 1, 1)
 
 
@@ -121,11 +120,11 @@ def posterior_mean(schedule, x0, x_t, t):
 
 def log_variance(schedule, var, t):
     """Return the log variance of a reverse step, interpolated between its bounds by the network's
-    channels `var`, not clipped: log beta-tilde at -1, log beta at 1 (IDDPM, eq. 15, v is w here).
+    channels `var`: log beta-tilde where they are -1, log beta where they are 1 (IDDPM, eq. 15).
     """
-    w = (var + 1) / 2
+    v = (var + 1) / 2
     lower = extract(schedule.posterior_log_variance, t, var)
-    return w * extract(schedule.log_betas, t, var) + (1 - w) * lower
+    return v * extract(schedule.log_betas, t, var) + (1 - v) * lower
 
 
 # ---------------------------------------------------------------------------------------------
@@ -138,8 +137,9 @@ def log_variance(schedule, var, t):
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Return a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the VLB at t, in bits per dimension. v1 and IDDPM train on their sum. out
-    [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
+    term of the VLB at t, in bits per dimension. Training minimizes their sum: IDDPM's weight 0.001
+    is for a sum over all 1000 t, whose mean over t this estimates. out [B, 2C, T, H, W]: the
+    network's output for x_t = q_sample(schedule, x0, t, noise).
     """
     eps, var = out.chunk(2, dim=1)  # 2 x [B, C, T, H, W]
     mse = (eps - noise).square().flatten(1).mean(1)
@@ -150,7 +150,7 @@ def diffusion_loss(schedule, out, x0, x_t, t, noise):
     true_log_var = extract(schedule.posterior_log_variance, t, x_t)  # of q(x_{t-1} | x_t, x_0)
     mean_term = (true_mean - mean).square() * (-log_var).exp()
     variance_term = log_var - true_log_var + (true_log_var - log_var).exp() - 1
-    kl = 0.5 * (variance_term + mean_term)  # KL(q(x_{t-1} | x_t, x_0) || prediction)
+    kl = 0.5 * (variance_term + mean_term)  # of two Gaussians: q(x_{t-1} | x_t, x_0), prediction
     nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var)
     vlb = torch.where((t == 0).view(-1, 1, 1, 1, 1), nll, kl) / math.log(2)
     return {"mse": mse, "vlb": vlb.flatten(1).mean(1)}
@@ -170,7 +170,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # Sampler steps
 #
 # DDPM draws x_{t-1} from the predicted Gaussian. DDIM adds no noise and needs fewer steps: it
-# integrates the probability-flow ODE, whose x_t are distributed at every t as those of q_sample.
+# integrates the probability-flow ODE. At every t its x_t have the distribution of q_sample's.
 # DPM-Solver++ does so to second order, extrapolating x_0 from its last two predictions.
 #
 # A step names the arguments that it uses, and returns x, one step closer to x_0:
@@ -212,8 +212,8 @@ def dpm_step(schedule, i, x, x0, x0_last, **_):
 
 
 def dpm_schedule(steps):
-    """Return steps + 1 evenly spaced timesteps from 0 to 999, without the 0, as in diffusers: near
-    t = 0 lambda changes so fast that the extrapolation would overshoot.
+    """Return `steps` timesteps: steps + 1 evenly spaced from 0 to 999, without the 0, as in
+    diffusers, since near t = 0 lambda changes so fast that the extrapolation would overshoot.
     """
     require(2 <= steps <= 999, f"steps={steps}: expected 2 to 999 with --sampler dpm")
     return schedule_from_timesteps(make_schedule(steps + 1).timesteps[1:])
@@ -229,7 +229,7 @@ SAMPLERS = {  # name: (its schedule, its step)
 # Sampling with classifier-free guidance
 #
 # Training replaces 10% of the captions by the null caption, so the network predicts the noise with
-# and without a caption. Sampling extrapolates from the latter beyond the former (arXiv 2207.12598):
+# and without a caption. Sampling extrapolates from one to the other and beyond (arXiv 2207.12598):
 #     eps = eps_uncond + guidance (eps_cond - eps_uncond),
 # where guidance 1 is the plain conditional prediction. On the toy, guidance at small t distorts
 # shapes and colors, so it can be limited to large t (arXiv 2404.07724 also leaves out the largest).
@@ -238,7 +238,8 @@ SAMPLERS = {  # name: (its schedule, its step)
 def predict_noise_and_variance(model, x, t, y, mask, guidance, v1_guidance=False):
     """Return the guided eps and the variance with the captions, [B, C, T, H, W] each. x
     [B, C, T, H, W]; t a scalar tensor; y [2B, L, E], mask [2B, L] of B captions, then B null
-    captions, which guidance 1 does not need. v1_guidance: guide 3 of the 4 channels, as v1 and DiT.
+    captions; with guidance 1 B captions are enough. v1_guidance: guide 3 of the 4 channels,
+    as v1 and DiT.
     """
     B = len(x)
     if guidance == 1:
@@ -277,7 +278,7 @@ def sample_latents(
 
     if guidance != 1:
         y = torch.cat([y, model.y_embedder.y_embedding.expand_as(y)])  # [2B, L, E]
-        null_mask = mask if v1_guidance else torch.ones_like(mask)
+        null_mask = mask if v1_guidance else torch.ones_like(mask)  # as in train.drop_captions
         mask = torch.cat([mask, null_mask])  # [2B, L]
     x = noise()
     x0_last = None

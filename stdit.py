@@ -1,14 +1,14 @@
 """STDiT, the spatial-temporal diffusion transformer of Open-Sora v1: the network alone.
 
 Input: noisy video latents, timesteps, T5 embeddings of captions. Output: twice the channels of the
-latents, first the predicted noise, then the variance of the reverse step (IDDPM; not v-prediction).
-Modules have the names of the released weights. "v1" means Open-Sora v1, "the report"
-docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
+latents, first the predicted noise, then `var`, from which sample.log_variance makes the variance of
+the reverse step (IDDPM; it is not v-prediction). have the names of the released weights. "v1" means
+Open-Sora v1, "the report" docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
 
 Shapes in this file:
     B batch    C latent channels (4)    H, W latent height and width    D hidden size
     T frames of latents; of tokens, patches along time (the same in v1: a patch is one frame long)
-    h, w patches per column and per row    S = h*w patches per frame
+    h rows and w columns of patches    S = h*w patches per frame
     L caption tokens    E caption channels    N tokens that attend to each other
 """
 
@@ -38,9 +38,9 @@ class STDiTConfig:
     caption_channels: int = 4096  # E, given by the text encoder; T5-XXL has 4096
     caption_length: int = 120  # L, maximum number of caption tokens
     variant: str = "sequential"  # design of the block, a key of BLOCKS; v1: sequential
-    space_scale: float = 1.0  # spatial position = index / scale; may change between trainings
-    time_scale: float = 1.0  # temporal position = index / scale; the same
-    embedder_std: float | None = 0.02  # initial std of t_ and y_embedder; None: fan_in**-0.5
+    space_scale: float = 1.0  # spatial position = index / scale, see Position embeddings
+    time_scale: float = 1.0  # temporal position = index / scale
+    embedder_std: float | None = 0.02  # initial std of t_embedder, y_embedder; None: fan_in**-0.5
 
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))  # config.json has a list
@@ -54,9 +54,9 @@ MODELS = {
         num_heads=4,
         caption_channels=64,
         caption_length=16,
-        space_scale=0.125,  # 4x4 patches span the positions of 32x32: else they are nearly equal
-        time_scale=0.25,  # 8 frames span those of 32
-        embedder_std=None,  # 0.02 suits a width of 1152 (tutorial, section 12)
+        space_scale=0.125,  # 4x4 patches span 32x32 positions; neighbors would be nearly equal
+        time_scale=0.25,  # 8 frames span 32 positions
+        embedder_std=None,  # with 0.02 captions would start at 1/50 of the size of tokens
     ),
 }
 
@@ -76,12 +76,14 @@ def get_1d_sincos_pos_embed(length, dim, scale):
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-@lru_cache(maxsize=32)  # every step uses the same few grids
+@lru_cache(maxsize=32)  # every step uses the same few grids, and none is modified
 def spatial_pos_embed(h, w, dim, scale, device):
     """Return fp32 [S, D], row-major in (h, w). As in DiT and the released weights, the first half
     of the channels encodes the column, the second the row.
     """
-    column = get_1d_sincos_pos_embed(w, dim // 2, scale).expand(h, -1, -1)  # [h, w, D/2]
+    column = get_1d_sincos_pos_embed(w, dim // 2, scale).expand(
+        h, -1, -1
+    )  # [h, w, D/2], same in each row
     row = get_1d_sincos_pos_embed(h, dim // 2, scale)[:, None].expand(-1, w, -1)  # [h, w, D/2]
     return torch.cat([column, row], dim=-1).flatten(0, 1).float().to(device)
 
@@ -98,7 +100,8 @@ def temporal_pos_embed(T, dim, scale, device):
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention. `pattern` says which tokens attend to each other: "(b t) s d"
-    those of a frame, "(b s) t d" those of a patch through time, "b (t s) d" those of a video.
+    those of a frame (B*T sequences of N = S tokens), "(b s) t d" those of a patch through time
+    (B*S of N = T), "b (t s) d" those of a video (B of N = T*S).
     """
 
     def __init__(self, dim, heads, pattern):
@@ -123,8 +126,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of a video to those of its caption. Frames are folded
-    into the batch, where fused attention is parallel; its backward pass is not over queries.
+    """Multi-head attention from the tokens of a video to those of its caption. Each frame
+    is a sequence of its own, since the backward pass of fused attention runs in parallel over
+    sequences, heads and keys, but not over queries.
     """
 
     def __init__(self, dim, heads):
@@ -172,7 +176,7 @@ def modulate(x, shift, scale):
 
 def split(table):
     """Split [B, n, D] into n tensors [B, 1, 1, D], which can multiply tokens [B, T, S, D]."""
-    return table[:, :, None, None].unbind(1)
+    return table[:, :, None, None].unbind(1)  # from [B, n, 1, 1, D]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -183,11 +187,11 @@ def split(table):
 # The rest is PixArt-alpha's block: shift, scale and gate from the timestep (one MLP shared by all
 # blocks plus a table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention,
 # MLP. The output projection of temporal attention starts at zero: with PixArt-alpha's weights in
-# the rest, the model first generates T independent PixArt images.
+# the rest, an untrained model generates T independent PixArt images.
 
 
 class STDiTBlock(nn.Module):
-    """The block of v1: spatial, then temporal attention. The report's other designs follow it."""
+    """The block of v1: spatial, then temporal attention. The report's other designs are below."""
 
     def __init__(self, config):
         super().__init__()
@@ -205,7 +209,7 @@ class STDiTBlock(nn.Module):
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split(self.scale_shift_table + mod)
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
-        x = x + gate_a * self.attn_temp(x, pos)  # no norm, gate_a again: as v1
+        x = x + gate_a * self.attn_temp(x, pos)  # no norm, and gate_a again, as in v1
         x = x + self.cross_attn(x, y, mask)  # neither norm nor gate
         return x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
@@ -223,7 +227,8 @@ class ParallelBlock(STDiTBlock):
 
 def add_position(x, pos):
     """Add the temporal position to the tokens themselves, as full and latte do. A single frame
-    gets none, as in an image model: the embedding of index 0 is not zero, its cosines are 1.
+    gets none, as in an image model: the embedding of index 0 is not zero, its cosines are 1. (The
+    other designs give it to temporal attention, whose output is zero in an image model.)
     """
     return x if pos is None or x.shape[1] == 1 else x + pos
 
@@ -246,7 +251,7 @@ class FullBlock(STDiTBlock):
 
 class LatteBlock(STDiTBlock):
     """A PixArt block for space, then one for time with its own table and MLP and no cross-attention
-    (Latte, arXiv 2401.03048). The second is not zero at first: it does not start as an image model.
+    (Latte, arXiv 2401.03048). The temporal block is not zero at first, so it is no image model.
     """
 
     def __init__(self, config):
@@ -275,8 +280,8 @@ BLOCKS = dict(sequential=STDiTBlock, parallel=ParallelBlock, full=FullBlock, lat
 
 
 class PatchEmbedder(nn.Module):
-    """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. Its weights
-    have the shape of the released Conv3d, but on CUDA torch's convolutions would round to TF32.
+    """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. The Conv3d,
+    as in the released weights, only holds them: called on CUDA it would round to TF32.
     """
 
     def __init__(self, config):
@@ -307,7 +312,9 @@ class TimestepEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """T5 embeddings [B, L, E] to [B, L, D]. y_embedding [L, E] is the null caption, not trained."""
+    """T5 embeddings [B, L, E] to [B, L, D]. y_embedding [L, E], not trained, is the null
+    caption, see train.drop_captions and sample.sample_latents.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -320,7 +327,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, T, h*w, D] to [B, 2C, T*pt, h*ph, w*pw]. t_emb [B, D], from t_embedder."""
+    """Tokens [B, T, h*w, D] to [B, 2C, T*pt, h*ph, w*pw]. t_emb [B, D], not mod, as in v1."""
 
     def __init__(self, config):
         super().__init__()
@@ -343,14 +350,14 @@ class FinalLayer(nn.Module):
 
 def autocast(device):
     """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. All else
-    stays in fp32: latents rounded to bf16 would have an error that cannot be told from noise.
+    stays in fp32: at small t the noise is hardly larger than the error of latents in bf16.
     """
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 class STDiT(nn.Module, PyTorchModelHubMixin):
     """STDiT-XL/2 has 760M parameters, 611M of them from PixArt-alpha. save_pretrained, of the Hub's
-    mixin, writes config.json and model.safetensors, which sample.load_model reads.
+    mixin, writes config.json, from `config`, and model.safetensors; sample.load_model reads them.
     """
 
     def __init__(self, config: STDiTConfig):
@@ -369,7 +376,9 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
     def initialize_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # Conv3d as a linear layer
+                nn.init.xavier_uniform_(
+                    module.weight.flatten(1)
+                )  # a view; Conv3d as a linear layer
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_block[1].weight, std=0.02)
         y_proj, t_mlp = self.y_embedder.y_proj, self.t_embedder.mlp
@@ -385,7 +394,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
     def forward(self, x, t, y, mask=None):
         """x [B, C, T, H, W] noisy latents, any T, H, W that the patch divides; t [B] timesteps, 0
         to 999; y [B, L, E] T5 embeddings; mask [B, L], True where a caption token is real, or None
-        if all are. Returns [B, 2C, T, H, W]: C channels of noise, C of variance.
+        if all are. Returns [B, 2C, T, H, W]: C channels of noise, C of var.
         """
         D, (pt, ph, pw) = self.config.hidden_size, self.config.patch_size
         T, h, w = x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw
@@ -396,7 +405,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         t_emb = self.t_embedder(t)  # [B, D]
         mod = self.t_block(t_emb).unflatten(1, (6, D))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
-        with autocast(x.device):  # x stays fp32: fp32 + gate (fp32) * branch (bf16)
+        with autocast(x.device):  # branches are bf16 on CUDA, gates and the residual x fp32
             for i, block in enumerate(self.blocks):  # as in v1, pos goes to block 0 alone
                 x = block(x, y, mask, mod, pos if i == 0 else None)  # [B, T, S, D]
         return self.final_layer(x, t_emb, h, w)  # [B, 2C, T, H, W]
@@ -410,7 +419,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
 
 
 def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mesh=None):
-    """Prepare a model for training at scale, in place. Copies for sampling are made before.
+    """Prepare a model for training at scale, in place. (create_model makes the EMA copy before.)
 
     activation_checkpointing: what a block keeps for the backward pass. "none": everything. "full":
     its inputs, and the block is computed again. "selective": also the outputs of matrix products,
@@ -430,8 +439,8 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
         options["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
     for block in model.blocks:
         if activation_checkpointing != "none":
-            # A nested function: torch.compile (2.14.1) silently ignores a functools.partial. And
-            # inside compile: checkpoint around a compiled block raises.
+            # torch 2.14.1 compiles nothing, without a warning, if forward is a functools.partial,
+            # so it is a nested function. Checkpointing a block that is compiled already raises.
             def forward(*inputs, compute=block.forward):
                 return checkpoint(compute, *inputs, **options)
 
@@ -444,8 +453,8 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
 
 def compile_block(block):
     """Compile a block, without mix_order_reduction: with it torch 2.14.1 loses gradients on GPUs.
-    4 of the 6 rows of mod's gradient are never stored (pytorch issue 193061). The line may go once
-    the fix, PR 193103, is released.
+    4 of the 6 rows of mod's gradient are never stored (pytorch issue 193061). Remove the line
+    once the fix, PR 193103, is released.
     """
     import torch._inductor.config
 
@@ -460,8 +469,8 @@ def shard_frames(model, mesh):
 
     Only temporal attention needs all frames. Before it an all-to-all gathers frames and scatters
     patches, after it another one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266). Each
-    process takes the whole video and returns the whole prediction, but has the gradients of its own
-    frames: their sum over processes is the gradient (train_step).
+    process takes the whole video and returns the whole prediction, but the gradients of its weights
+    come from its own frames: the gradient is their sum over the n processes (see train_step).
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor import parallel as tp

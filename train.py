@@ -103,7 +103,7 @@ class TrainConfig:
 
 
 # The stages of v1, each from the EMA weights of the one before. time_scale 1.5: index 3 at stride 2
-# is at the time of index 2 at stride 3. (v1 has 2/3, which stretches time.)
+# and index 2 at stride 3 are both source frame 6: 3 / 1.5 = 2. (v1 has 2/3, which stretches time.)
 STAGE1 = TrainConfig()
 STAGE2 = replace(STAGE1, init="out/16x256x256", steps=24_000)  # on clips of higher quality
 STAGE3 = replace(STAGE1, init="out/16x256x256-hq", size=512, steps=20_000, batch_size=128)
@@ -187,7 +187,8 @@ class Stream:
         rows = []
         for index in indices:
             epoch, i = divmod(index, len(self.rows))
-            rows.append(self.rows[permutation(self.seed, len(self.rows), epoch)[i]])
+            order = permutation(self.seed, len(self.rows), epoch)
+            rows.append(self.rows[order[i]])
         return default_collate([self.cache[row] for row in rows])
 
 
@@ -282,10 +283,10 @@ def train_step(run):
     for k in range(run.micro_batches):
         batch = [to_device(tensor, run.distributed.device) for tensor in next(run.batches)]
         # DDP averages gradients over processes in the backward pass of the last micro-batch only.
-        run.ddp_model.require_backward_grad_sync = k == run.micro_batches - 1
+        run.ddp_model.require_backward_grad_sync = k == run.micro_batches - 1  # unused without DDP
         loss_mse_vlb = training_loss(run, *batch) / run.micro_batches  # [3]
-        # DDP's mean over all processes is too small by sp, since those that share a video have the
-        # gradients of their own frames, whose sum is needed.
+        # DDP takes the mean over all processes. The sp processes that share a video (usually 1)
+        # have the gradients of their own frames, whose sum is needed: sp times the mean.
         (loss_mse_vlb[0] * c.sp).backward()
         losses += loss_mse_vlb.detach()
     grad_norm = clip_grad_norm_(run.model.parameters(), c.grad_clip).item()  # waits for the GPU
@@ -295,7 +296,7 @@ def train_step(run):
         update_ema(c, run.step, run.ema, run.model)
     else:
         print0(f"step {run.step + 1}: skipped, its gradient norm is {grad_norm}")
-    run.optimizer.zero_grad(set_to_none=False)  # None would drop DDP's buckets (start_run)
+    run.optimizer.zero_grad(set_to_none=False)  # None would drop gradient_as_bucket_view
     return losses, grad_norm
 
 
@@ -584,7 +585,7 @@ def save_checkpoint(run):
         torch.save(training, tmp / "training.pt")
         data.write_json(tmp / "state.json", state)
         os.replace(tmp, folder)
-        for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:  # none if 0
+        for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:  # 0: keep all
             shutil.rmtree(old)
     data.barrier()
 
@@ -594,14 +595,14 @@ def load_checkpoint(folder, config, model, ema, optimizer, data_settings):
     weights were others. The options of the optimizer may be new.
     """
     state = json.loads((folder / "state.json").read_text())
-    old = vars(sample.read_config(folder)) | {"trainable": state["config"]["trainable"]}
-    new = vars(model.config) | {"trainable": config.trainable}
-    old, new = old | state["data"], new | data_settings
+    new = vars(model.config) | data_settings | {"trainable": config.trainable}
+    old = vars(sample.read_config(folder)) | state["data"]
+    old["trainable"] = state["config"]["trainable"]
     changed = [f"{name} {old.get(name)}" for name in new if old.get(name) != new[name]]
     other = f"{folder} was trained with other options ({', '.join(changed)})"
     require(not changed, f"{other}: resume with the same, or use --init")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
-    training["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # may be new
+    training["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # of this run
     model.load_state_dict(training["model"])
     optimizer.load_state_dict(training["optimizer"])
     ema.load_state_dict(load_file(folder / "model.safetensors"))
@@ -688,7 +689,7 @@ def create_model(config, device, data_settings):
     c, stdit_config = config, model_config(config)
     checkpoint = sample.newest_checkpoint(c.out)
     if c.init and not checkpoint:
-        model = sample.load_model(c.init, **vars(stdit_config)).train()
+        model = sample.load_model(c.init, **vars(stdit_config)).train()  # the run's config counts
     else:
         model = STDiT(stdit_config)
     model.to(device)
@@ -768,8 +769,8 @@ def parse_command_line(argv=None):
     options = dict(default=default, description=__doc__.split("\n\nShapes")[0])
     options |= dict(console_outputs=os.environ.get("RANK", "0") == "0")
     config = tyro.cli(TrainConfig, args=argv, **options)
-    new = args.resume or not checkpoint
-    require(new, f"{out} holds a run: continue it with --resume, or give another --out")
+    allowed = args.resume or not checkpoint
+    require(allowed, f"{out} holds a run: continue it with --resume, or give another --out")
     return config
 
 
