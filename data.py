@@ -11,11 +11,11 @@ Clips and Toy are data sets; another one needs the same interface:
     data_set[row]         the frames of a clip, uint8 [T, 3, H, W], or None if it is unreadable
     data_set.captions     list of the captions
     data_set.files        list of the clips' paths, None for a clip without a file
-    data_set.settings     dict of clips (a hash of their list), frames, stride, size, width, seed
+    data_set.settings     dict: clips (a hash of their list), frames, stride, size, width, seed
 
 Shapes in this file:
     B batch    T frames    C latent channels (4)    L caption tokens    E caption channels
-    H, W height and width in pixels; in the other files those of latents, an eighth of them
+    H, W height and width in pixels; elsewhere mostly those of latents, an eighth of them
 """
 
 import csv
@@ -85,9 +85,7 @@ def list_files(folder):
 
 def read_text(path):
     """The text of a UTF-8 file, with or without a byte order mark."""
-    content = path.read_bytes().replace(
-        b"\0", b"\xff"
-    )  # so that UTF-16, with its NULs, is an error
+    content = path.read_bytes().replace(b"\0", b"\xff")  # NULs mean UTF-16: fail below
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -105,7 +103,7 @@ def read_table(path):
         header = [name.strip() for name in reader.fieldnames or ()]
         reader.fieldnames = header
         require({"path", "text"} <= {*header}, f"{path}, line 1: needs path,text; it has {header}")
-        for row in reader:  # a key None holds surplus fields, values None are missing ones
+        for row in reader:  # surplus fields have the key None, missing ones the value None
             complete = row["path"] and None not in row and None not in row.values()
             require(complete, f"{path}, line {reader.line_num}: {problem}")
             rows.append(row)
@@ -133,7 +131,7 @@ def clean_caption(text):
 # packet of a file can hold half a frame, a hidden one, or one that cannot be decoded after a cut.
 # 1. The start is drawn over the number of packets.
 # 2. Where files store presentation times (MP4, Matroska), decoding begins at the keyframe before
-#    it. If frames then come at other times than packets, or are damaged, that is given up.
+#    it. If frames then come at other times than packets, or are damaged, go to 3.
 # 3. Otherwise all is decoded from the first packet and counted. If the clip ends early, the start
 #    is drawn again, over the number of frames.
 
@@ -177,7 +175,7 @@ def read_chosen(path, choose, transform=lambda frame: frame):
     try:
         image = read_image(path)
         if image is not None:
-            return torch.stack([transform(image) for _ in choose(1)])  # choose raises for more
+            return torch.stack([transform(image) for _ in choose(1)])  # raises for more than 1
         count, times = list_packets(path)
         numbers = choose(count)
         found, count = decode(path, numbers, transform, times)
@@ -237,7 +235,7 @@ def open_video(path):
 
 
 def list_packets(path):
-    """The number of packets and, if each should be a frame, their sorted times, else []."""
+    """The number of packets, and their sorted times, or [] if packets may not be frames."""
     with open_video(path) as (container, stream):
         packets = container.demux(stream)
         packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
@@ -273,8 +271,8 @@ def decode(path, numbers, transform, times=()):
             if count in numbers:
                 found[count] = transform(to_rgb(frame, stream))
             count += 1
-            # Damage after the last frame counts while B-frames follow: then the frame they need,
-            # the next that is not a B-frame, was decoded before the last one.
+            # B-frames are decoded after a later frame that they need (shown order B B P, decoded
+            # P B B). So go on to the next frame that is not a B-frame: it may be damaged.
             b_frame = frame.pict_type == av.video.frame.PictureType.B
             if count > last + 16 or (count > last and not b_frame):
                 break
@@ -294,9 +292,8 @@ def decoded_frames(container, stream, times):
     packets = (packet for packet in container.demux(stream) if packet.size)
     for packet in chain(packets, [None]):  # None: the frames that the decoder still holds
         needed = not times or packet is None or times[0] <= packet.pts <= times[-1]
-        codec.skip_frame = (
-            "DEFAULT" if needed else "NONREF"
-        )  # NONREF: leaves out what no frame refers to
+        # NONREF leaves out frames to which no other refers.
+        codec.skip_frame = "DEFAULT" if needed else "NONREF"
         try:
             frames = codec.decode(packet)
         except av.InvalidDataError:
@@ -533,7 +530,7 @@ def write_cache(clips, out, vae, t5, distributed=None):
         for row in progress(rows, f"encoding {out}"):
             frames = ahead.popleft().result()
             ahead.extend(islice(reads, 1))
-            files[row].unlink(missing_ok=True)  # should the clip now be unreadable
+            files[row].unlink(missing_ok=True)  # in case the clip is unreadable now
             if frames is None:
                 continue
             latents = vae.encode(frames, keyed_generator(settings["seed"], "posterior", row))
@@ -567,7 +564,7 @@ def is_encoded(file, stamp):
     """Whether a file of a cache was made from a clip's file as it is now."""
     if not file.exists():
         return False
-    with safe_open(file, "pt") as tensors:  # without the clip's file the cached clip counts
+    with safe_open(file, "pt") as tensors:  # if the clip's file is gone, what is cached counts
         return stamp is None or (tensors.metadata() or {}).get("stamp") == stamp
 
 
@@ -733,7 +730,7 @@ class Toy:
         self.labels = [labels[i % len(labels)] for i in range(clips)]
         self.captions = [caption_of(label) for label in self.labels]
         self.files = [None] * clips
-        # This does not see a change of draw_clip: delete the toy's caches after one.
+        # Not of draw_clip: after changing it, delete the toy's caches.
         identity = hashlib.sha256(repr((split, self.captions, COLORS)).encode()).hexdigest()[:12]
         self.settings = dict(clips=identity, frames=frames, stride=1, size=size, width=size, seed=0)
 
@@ -773,7 +770,8 @@ def main():
     t5 = T5(c.t5, c.caption_length, d.device)
     write_cache(clips, c.out, vae, t5, d)
     # At one stride, clips of different frame rates move at different speeds.
-    for rate, count in sorted(sum(all_gather(frame_rates), Counter()).items()):
+    counts = sum(all_gather(frame_rates), Counter())  # of all processes
+    for rate, count in sorted(counts.items()):
         print0(f"{count:6} videos of {rate:g} frames a second")
 
 
@@ -786,7 +784,7 @@ def main():
 RANK = int(os.environ.get("RANK", 0))
 # The device of this process, its rank, and the number of processes
 Distributed = namedtuple("Distributed", "device rank world_size", defaults=("cpu", 0, 1))
-patient_group = None  # all processes, with a timeout for long work of some of them
+patient_group = None  # of all processes, for waits of hours
 
 
 class UserError(Exception):
@@ -804,7 +802,7 @@ def run_command(main):
         main()
     except UserError as error:
         rank = os.environ.get("LOCAL_RANK", "0")
-        if rank == "0" or dist.is_initialized():  # before, all ranks have the same error
+        if rank == "0" or dist.is_initialized():  # else all ranks have the same error
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():  # skipped after an error, because it could hang

@@ -9,8 +9,8 @@ network predicts the noise and, by the second half of its channels, the variance
 Shapes in this file:
     B batch    C latent channels    T frames    L caption tokens    E caption channels
     H, W height and width of latents; in videos [T, 3, H, W] of pixels
-    N steps of a schedule, 1000 in training    t, i indices into a schedule, t [B] or i an int;
-    in the training schedule the index is the timestep
+    N steps of a schedule, 1000 in training
+    t [B], i (an int) indices into a schedule; in the training schedule they are timesteps
 """
 
 import gc
@@ -47,9 +47,9 @@ from stdit import STDiT, STDiTConfig
 
 
 class Schedule(NamedTuple):
-    """Tables over N steps of increasing noise: index 0 is the last step of sampling (t = 1 in the
-    papers). They are float64; to(device) makes them fp32. alpha and sigma are DPM-Solver's; DDPM's
-    alpha_t is 1 - beta_t.
+    """Tables over N steps of increasing noise: index 0 is the last step of sampling, to x_0 (t = 1
+    in the papers). They are float64; to(device) makes them fp32. alpha and sigma are DPM-Solver's;
+    DDPM's alpha_t is 1 - beta_t.
     """
 
     timesteps: torch.Tensor  # [N]  timestep given to the network, 0 to 999
@@ -137,9 +137,9 @@ def log_variance(schedule, var, t):
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Return a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the VLB at t, in bits per dimension. Training minimizes their sum: IDDPM's weight 0.001
-    is for a sum over all 1000 t, whose mean over t this estimates. out [B, 2C, T, H, W]: the
-    network's output for x_t = q_sample(schedule, x0, t, noise).
+    term of the VLB at t, in bits per dimension. Training minimizes their sum. (IDDPM
+    weights the sum over 1000 t by 0.001, which is the mean over t: 1 for a random t.) out
+    [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
     """
     eps, var = out.chunk(2, dim=1)  # 2 x [B, C, T, H, W]
     mse = (eps - noise).square().flatten(1).mean(1)
@@ -150,8 +150,9 @@ def diffusion_loss(schedule, out, x0, x_t, t, noise):
     true_log_var = extract(schedule.posterior_log_variance, t, x_t)  # of q(x_{t-1} | x_t, x_0)
     mean_term = (true_mean - mean).square() * (-log_var).exp()
     variance_term = log_var - true_log_var + (true_log_var - log_var).exp() - 1
-    kl = 0.5 * (variance_term + mean_term)  # of two Gaussians: q(x_{t-1} | x_t, x_0), prediction
+    kl = 0.5 * (variance_term + mean_term)  # KL(q(x_{t-1} | x_t, x_0) || p), both Gaussian
     nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var)
+    # at t = 0 the step ends at x_0 itself
     vlb = torch.where((t == 0).view(-1, 1, 1, 1, 1), nll, kl) / math.log(2)
     return {"mse": mse, "vlb": vlb.flatten(1).mean(1)}
 
@@ -170,8 +171,8 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # Sampler steps
 #
 # DDPM draws x_{t-1} from the predicted Gaussian. DDIM adds no noise and needs fewer steps: it
-# integrates the probability-flow ODE. At every t its x_t have the distribution of q_sample's.
-# DPM-Solver++ does so to second order, extrapolating x_0 from its last two predictions.
+# integrates the probability-flow ODE, whose x_t are distributed as q_sample's, by Euler's method.
+# DPM-Solver++ integrates it to second order, extrapolating x_0 from its last two predictions.
 #
 # A step names the arguments that it uses, and returns x, one step closer to x_0:
 #     i        index into the schedule
@@ -202,12 +203,12 @@ def dpm_step(schedule, i, x, x0, x0_last, **_):
     order, like the first, which has no earlier prediction.
     """
     if x0_last is not None and i > 0:
-        lambdas = (schedule.alpha / schedule.sigma).log()  # [N]
+        lambdas = (schedule.alpha / schedule.sigma).log()  # [N]; i + 1 is the step before
         h = lambdas[i - 1] - lambdas[i]
         h_last = lambdas[i] - lambdas[i + 1]
         x0 = x0 + 0.5 * h / h_last * (x0 - x0_last)  # the paper's r is h_last / h
     sigma_ratio = schedule.sigma_prev[i] / schedule.sigma[i]
-    # = sigma_ratio x + alpha_prev (1 - exp(-h)) x0
+    # the paper's form: sigma_ratio x + alpha_prev (1 - exp(-h)) x0
     return sigma_ratio * x + (schedule.alpha_prev[i] - sigma_ratio * schedule.alpha[i]) * x0
 
 
@@ -238,7 +239,7 @@ SAMPLERS = {  # name: (its schedule, its step)
 def predict_noise_and_variance(model, x, t, y, mask, guidance, v1_guidance=False):
     """Return the guided eps and the variance with the captions, [B, C, T, H, W] each. x
     [B, C, T, H, W]; t a scalar tensor; y [2B, L, E], mask [2B, L] of B captions, then B null
-    captions; with guidance 1 B captions are enough. v1_guidance: guide 3 of the 4 channels,
+    captions; if guidance is 1, B captions are enough. v1_guidance: guide 3 of the 4 channels,
     as v1 and DiT.
     """
     B = len(x)
@@ -338,7 +339,7 @@ def write_video(path, frames, fps):
 
 
 def to_image(frame, height=0):
-    """Convert a frame, uint8 [3, H, W], to a PIL image, if small enlarged to about that height."""
+    """Convert a frame, uint8 [3, H, W], to a PIL image, enlarged to about that height if small."""
     factor = max(1, round(height / frame.shape[-2]))
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -381,7 +382,9 @@ def newest_checkpoint(run):
 
 def find_weights(source):
     """Return the local folder with the weights of a run of train.py, a folder, or a Hub name."""
-    help = "convert released weights by tools/convert_weights.py; a run saves every --save-every"
+    help = (
+        "convert released weights by tools/convert_weights.py; runs save every --save-every steps"
+    )
     folder = data.local_folder(source)
     if folder is None:
         files = ["config.json", "model.safetensors", "sample.json"]

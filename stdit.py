@@ -2,12 +2,12 @@
 
 Input: noisy video latents, timesteps, T5 embeddings of captions. Output: twice the channels of the
 latents, first the predicted noise, then `var`, from which sample.log_variance makes the variance of
-the reverse step (IDDPM; it is not v-prediction). have the names of the released weights. "v1" means
-Open-Sora v1, "the report" docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
+the reverse step (IDDPM; it is not v-prediction). Parameters have the names of the released weights.
+"v1" means Open-Sora v1, "the report" docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
 
 Shapes in this file:
     B batch    C latent channels (4)    H, W latent height and width    D hidden size
-    T frames of latents; of tokens, patches along time (the same in v1: a patch is one frame long)
+    T frames; after the patch embedder T / pt, the same in v1, whose patches are one frame long
     h rows and w columns of patches    S = h*w patches per frame
     L caption tokens    E caption channels    N tokens that attend to each other
 """
@@ -54,9 +54,9 @@ MODELS = {
         num_heads=4,
         caption_channels=64,
         caption_length=16,
-        space_scale=0.125,  # 4x4 patches span 32x32 positions; neighbors would be nearly equal
+        space_scale=0.125,  # 4x4 patches span 32x32 positions: at 1 they would be nearly equal
         time_scale=0.25,  # 8 frames span 32 positions
-        embedder_std=None,  # with 0.02 captions would start at 1/50 of the size of tokens
+        embedder_std=None,  # with 0.02 embedded captions would start at 1/50 of the rms of tokens
     ),
 }
 
@@ -81,9 +81,7 @@ def spatial_pos_embed(h, w, dim, scale, device):
     """Return fp32 [S, D], row-major in (h, w). As in DiT and the released weights, the first half
     of the channels encodes the column, the second the row.
     """
-    column = get_1d_sincos_pos_embed(w, dim // 2, scale).expand(
-        h, -1, -1
-    )  # [h, w, D/2], same in each row
+    column = get_1d_sincos_pos_embed(w, dim // 2, scale).expand(h, -1, -1)  # [h, w, D/2]
     row = get_1d_sincos_pos_embed(h, dim // 2, scale)[:, None].expand(-1, w, -1)  # [h, w, D/2]
     return torch.cat([column, row], dim=-1).flatten(0, 1).float().to(device)
 
@@ -99,9 +97,10 @@ def temporal_pos_embed(T, dim, scale, device):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention. `pattern` says which tokens attend to each other: "(b t) s d"
-    those of a frame (B*T sequences of N = S tokens), "(b s) t d" those of a patch through time
-    (B*S of N = T), "b (t s) d" those of a video (B of N = T*S).
+    """Multi-head self-attention. `pattern` says which tokens attend to each other:
+    "(b t) s d"   those of a frame: B*T sequences of N = S tokens
+    "(b s) t d"   those of a patch through time: B*S sequences of N = T tokens
+    "b (t s) d"   those of a video: B sequences of N = T*S tokens
     """
 
     def __init__(self, dim, heads, pattern):
@@ -126,9 +125,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of a video to those of its caption. Each frame
-    is a sequence of its own, since the backward pass of fused attention runs in parallel over
-    sequences, heads and keys, but not over queries.
+    """Multi-head attention from the tokens of a video to those of its caption. For
+    speed alone each frame is a sequence of its own, with its copy of k and v: the backward pass of
+    fused attention runs in parallel over sequences and heads, but not over queries.
     """
 
     def __init__(self, dim, heads):
@@ -209,7 +208,7 @@ class STDiTBlock(nn.Module):
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split(self.scale_shift_table + mod)
         x = x + gate_a * self.attn(modulate(norm(x), shift_a, scale_a))
-        x = x + gate_a * self.attn_temp(x, pos)  # no norm, and gate_a again, as in v1
+        x = x + gate_a * self.attn_temp(x, pos)  # as in v1 no norm, and gate_a again
         x = x + self.cross_attn(x, y, mask)  # neither norm nor gate
         return x + gate_m * self.mlp(modulate(norm(x), shift_m, scale_m))
 
@@ -228,7 +227,7 @@ class ParallelBlock(STDiTBlock):
 def add_position(x, pos):
     """Add the temporal position to the tokens themselves, as full and latte do. A single frame
     gets none, as in an image model: the embedding of index 0 is not zero, its cosines are 1. (The
-    other designs give it to temporal attention, whose output is zero in an image model.)
+    other designs give it to temporal attention, which in an image model has zeros as proj.)
     """
     return x if pos is None or x.shape[1] == 1 else x + pos
 
@@ -280,8 +279,8 @@ BLOCKS = dict(sequential=STDiTBlock, parallel=ParallelBlock, full=FullBlock, lat
 
 
 class PatchEmbedder(nn.Module):
-    """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. The Conv3d,
-    as in the released weights, only holds them: called on CUDA it would round to TF32.
+    """A linear layer from patches to tokens: [B, C, T*pt, h*ph, w*pw] to [B, T, S, D]. The Conv3d
+    only stores the weights, as released: calling it on CUDA would round to TF32.
     """
 
     def __init__(self, config):
@@ -350,14 +349,14 @@ class FinalLayer(nn.Module):
 
 def autocast(device):
     """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. All else
-    stays in fp32: at small t the noise is hardly larger than the error of latents in bf16.
+    stays in fp32: at t = 0 the noise has a scale of 0.01, and bf16 would round latents by 0.002.
     """
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 class STDiT(nn.Module, PyTorchModelHubMixin):
     """STDiT-XL/2 has 760M parameters, 611M of them from PixArt-alpha. save_pretrained, of the Hub's
-    mixin, writes config.json, from `config`, and model.safetensors; sample.load_model reads them.
+    mixin, writes config.json, the argument `config`, and model.safetensors (sample.load_model).
     """
 
     def __init__(self, config: STDiTConfig):
@@ -376,9 +375,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
     def initialize_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(
-                    module.weight.flatten(1)
-                )  # a view; Conv3d as a linear layer
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view, [out, in]
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_block[1].weight, std=0.02)
         y_proj, t_mlp = self.y_embedder.y_proj, self.t_embedder.mlp
@@ -405,8 +402,8 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         t_emb = self.t_embedder(t)  # [B, D]
         mod = self.t_block(t_emb).unflatten(1, (6, D))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
-        with autocast(x.device):  # branches are bf16 on CUDA, gates and the residual x fp32
-            for i, block in enumerate(self.blocks):  # as in v1, pos goes to block 0 alone
+        with autocast(x.device):  # mod and x, made outside, stay fp32
+            for i, block in enumerate(self.blocks):  # as in v1, block 0 alone gets pos
                 x = block(x, y, mask, mod, pos if i == 0 else None)  # [B, T, S, D]
         return self.final_layer(x, t_emb, h, w)  # [B, 2C, T, H, W]
 
@@ -419,7 +416,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
 
 
 def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mesh=None):
-    """Prepare a model for training at scale, in place. (create_model makes the EMA copy before.)
+    """Prepare a model for training at scale, in place; train.create_model copies it for EMA before.
 
     activation_checkpointing: what a block keeps for the backward pass. "none": everything. "full":
     its inputs, and the block is computed again. "selective": also the outputs of matrix products,
@@ -440,7 +437,7 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
     for block in model.blocks:
         if activation_checkpointing != "none":
             # torch 2.14.1 compiles nothing, without a warning, if forward is a functools.partial,
-            # so it is a nested function. Checkpointing a block that is compiled already raises.
+            # so it is a nested function. A compiled block cannot be checkpointed: that raises.
             def forward(*inputs, compute=block.forward):
                 return checkpoint(compute, *inputs, **options)
 
@@ -452,9 +449,9 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
 
 
 def compile_block(block):
-    """Compile a block, without mix_order_reduction: with it torch 2.14.1 loses gradients on GPUs.
-    4 of the 6 rows of mod's gradient are never stored (pytorch issue 193061). Remove the line
-    once the fix, PR 193103, is released.
+    """Compile a block, without Inductor's mix_order_reduction: with it torch 2.14.1 loses gradients
+    on GPUs, as 4 of the 6 rows of mod's gradient are never stored (pytorch issue 193061). Remove
+    the line once the fix, PR 193103, is released.
     """
     import torch._inductor.config
 
@@ -470,7 +467,7 @@ def shard_frames(model, mesh):
     Only temporal attention needs all frames. Before it an all-to-all gathers frames and scatters
     patches, after it another one undoes this (Dynamic Sequence Parallelism, arXiv 2403.10266). Each
     process takes the whole video and returns the whole prediction, but the gradients of its weights
-    come from its own frames: the gradient is their sum over the n processes (see train_step).
+    come from its own frames: the gradient is their sum over the processes (train.train_step).
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor import parallel as tp

@@ -275,18 +275,18 @@ class Run:
 
 
 def train_step(run):
-    """Do one optimizer step. Return [3], the means of loss, MSE and VLB over the step's samples on
-    this process, and the norm of the gradient.
+    """Do one optimizer step. Return the means of loss, MSE and VLB over the step's samples on this
+    process, [3], and the norm of the gradient.
     """
     c = run.config
     losses = torch.zeros(3, device=run.distributed.device)
     for k in range(run.micro_batches):
         batch = [to_device(tensor, run.distributed.device) for tensor in next(run.batches)]
         # DDP averages gradients over processes in the backward pass of the last micro-batch only.
-        run.ddp_model.require_backward_grad_sync = k == run.micro_batches - 1  # unused without DDP
+        run.ddp_model.require_backward_grad_sync = k == run.micro_batches - 1  # as no_sync()
         loss_mse_vlb = training_loss(run, *batch) / run.micro_batches  # [3]
-        # DDP takes the mean over all processes. The sp processes that share a video (usually 1)
-        # have the gradients of their own frames, whose sum is needed: sp times the mean.
+        # DDP takes the mean over all processes. Where sp of them share a video, each has the
+        # gradient of its own frames, and their sum is needed: sp times the mean.
         (loss_mse_vlb[0] * c.sp).backward()
         losses += loss_mse_vlb.detach()
     grad_norm = clip_grad_norm_(run.model.parameters(), c.grad_clip).item()  # waits for the GPU
@@ -296,7 +296,7 @@ def train_step(run):
         update_ema(c, run.step, run.ema, run.model)
     else:
         print0(f"step {run.step + 1}: skipped, its gradient norm is {grad_norm}")
-    run.optimizer.zero_grad(set_to_none=False)  # None would drop gradient_as_bucket_view
+    run.optimizer.zero_grad(set_to_none=False)  # gradients are views of DDP's buckets
     return losses, grad_norm
 
 
@@ -322,8 +322,8 @@ def drop_captions(y, mask, drop, null):
 
 def loss_weights(config, schedule, t):
     """Return Min-SNR weights [B] for both terms of the loss (arXiv 2303.09556, section 3.4,
-    prediction of noise). The content of a video is decided at large t, where the loss is hundreds
-    of times smaller than at small t (see the validation losses of a run): small t is weighted less.
+    prediction of noise): min(SNR, min_snr) / SNR. They are small at small t, where the loss is
+    hundreds of times larger than at large t, although large t decides the content of a video.
     """
     snr = (schedule.alpha[t] / schedule.sigma[t]).square()  # [B]
     return (config.min_snr / snr).clamp(max=1) if config.min_snr else torch.ones_like(snr)
@@ -585,7 +585,7 @@ def save_checkpoint(run):
         torch.save(training, tmp / "training.pt")
         data.write_json(tmp / "state.json", state)
         os.replace(tmp, folder)
-        for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:  # 0: keep all
+        for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:  # 0: keeps all
             shutil.rmtree(old)
     data.barrier()
 
@@ -627,7 +627,9 @@ def start_run(config, distributed):
     print0(f"{d.world_size} process(es) on {d.device}")
     if d.rank == 0:
         Path(c.out).mkdir(parents=True, exist_ok=True)
-        lines = [m for m in read_metrics(c.out) if m["step"] <= step] if step else []
+        # What is logged again is left out: the steps after the checkpoint, and its evaluation.
+        logged = read_metrics(c.out) if step else []
+        lines = [m for m in logged if m["step"] < step or ("loss" in m and m["step"] == step)]
         (Path(c.out) / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
 
     dp_size = d.world_size // c.sp
@@ -637,7 +639,8 @@ def start_run(config, distributed):
         device_type, names = d.device.split(":")[0], ("dp", "sp")
         sp_mesh = init_device_mesh(device_type, (dp_size, c.sp), mesh_dim_names=names)["sp"]
     set_up_scaling(model, c.activation_checkpointing, c.compile, sp_mesh)
-    # On a CPU plain attention is faster than fused for sequences as short as the toy's.
+    # This switch counts on a CPU too, where plain attention is faster for sequences as short as
+    # the toy's than fused attention.
     torch.backends.cuda.enable_flash_sdp(d.device != "cpu")
     ddp_model = model
     if d.world_size > 1:
@@ -691,7 +694,7 @@ def create_model(config, device, data_settings):
     c, stdit_config = config, model_config(config)
     checkpoint = sample.newest_checkpoint(c.out)
     if c.init and not checkpoint:
-        model = sample.load_model(c.init, **vars(stdit_config)).train()  # the run's config counts
+        model = sample.load_model(c.init, **vars(stdit_config)).train()  # with this run's config
     else:
         model = STDiT(stdit_config)
     model.to(device)
@@ -712,7 +715,7 @@ def open_data(config, distributed):
         caches = [open_cache(path, c) for path in toy_caches(c, distributed)]
         return [Stream(cache, range(len(cache)), c.seed) for cache in caches]
     cache = open_cache(c.data, c)
-    order = permutation(0, len(cache), epoch=-1)  # of no epoch, and the same for every seed
+    order = permutation(0, len(cache), epoch=-1)  # no epoch has it; the same for every seed
     held_out = min(len(cache) // 20, 64)
     validation_rows = order[:held_out] or order  # with fewer than 20 clips: the training clips
     return [Stream(cache, rows, c.seed) for rows in (order[held_out:], validation_rows)]
