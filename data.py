@@ -15,7 +15,7 @@ Clips and Toy are data sets; another one needs the same interface:
 
 Shapes in this file:
     B batch    T frames    C latent channels (4)    L caption tokens    E caption channels
-    H, W height and width in pixels; elsewhere mostly those of latents, an eighth of them
+    H, W height and width in pixels; in stdit.py those of latents, an eighth of them
 """
 
 import csv
@@ -489,7 +489,7 @@ class T5:
 
 
 def hash_encoders(vae, t5):
-    """12 hex digits that identify the encoders' weights, the same if they are loaded in bf16."""
+    """12 hex digits from the first value of each weight, the same if it is loaded in bf16."""
     parameters = (*vae.model.parameters(), *t5.model.parameters())
     values = [p.flatten()[0].bfloat16().item() for p in parameters]
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
@@ -569,7 +569,7 @@ def is_encoded(file, stamp):
 
 
 class LatentCache:
-    """The data set of a cache: cache[i] is (latents [C, T, H/8, W/8], y [L, E], mask [L]), in fp32.
+    """The clips of a cache: cache[i] is (latents [C, T, H/8, W/8], y [L, E], mask [L]), in fp32.
     UserError if the file of a clip was replaced after it was encoded.
     """
 
@@ -712,7 +712,7 @@ def detect(video):
 
 def shape_quality(video, label):
     """How well single frames show a label: the fraction of frames with its shape, the mean
-    intersection over union with it, and the flicker: the standard deviation of the color, of 255.
+    intersection over union with it, and the flicker: the standard deviation of the color.
     """
     covered, shape = color_coverage(video, label[0]), SHAPES.index(label[1])
     iou, _, _ = fit_shapes(covered)
@@ -730,7 +730,7 @@ class Toy:
         self.labels = [labels[i % len(labels)] for i in range(clips)]
         self.captions = [caption_of(label) for label in self.labels]
         self.files = [None] * clips
-        # Not of draw_clip: after changing it, delete the toy's caches.
+        # The hash does not cover draw_clip: after changing it, delete the toy's caches.
         identity = hashlib.sha256(repr((split, self.captions, COLORS)).encode()).hexdigest()[:12]
         self.settings = dict(clips=identity, frames=frames, stride=1, size=size, width=size, seed=0)
 

@@ -10,7 +10,8 @@ Shapes in this file:
     B batch    C latent channels    T frames    L caption tokens    E caption channels
     H, W height and width of latents; in videos [T, 3, H, W] of pixels
     N steps of a schedule, 1000 in training
-    t [B], i (an int) indices into a schedule; in the training schedule they are timesteps
+    t [B] timesteps, which are the indices into the training schedule
+    i     an int, the index into a schedule of sampling, which may have fewer steps
 """
 
 import gc
@@ -98,7 +99,7 @@ TRAIN_SCHEDULE = make_schedule(1000)
 
 
 def extract(table, t, x):
-    """Return table[t], shaped to multiply x [B, C, T, H, W]."""
+    """Return table[t], shaped to multiply x [B, C, T, H, W]; t [B], or i in place of t."""
     return table[t].to(x).view(-1, 1, 1, 1, 1)
 
 
@@ -150,7 +151,7 @@ def diffusion_loss(schedule, out, x0, x_t, t, noise):
     true_log_var = extract(schedule.posterior_log_variance, t, x_t)  # of q(x_{t-1} | x_t, x_0)
     mean_term = (true_mean - mean).square() * (-log_var).exp()
     variance_term = log_var - true_log_var + (true_log_var - log_var).exp() - 1
-    kl = 0.5 * (variance_term + mean_term)  # KL(q(x_{t-1} | x_t, x_0) || p), both Gaussian
+    kl = 0.5 * (variance_term + mean_term)  # of q(x_{t-1} | x_t, x_0) from the prediction
     nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var)
     # at t = 0 the step ends at x_0 itself
     vlb = torch.where((t == 0).view(-1, 1, 1, 1, 1), nll, kl) / math.log(2)
@@ -171,8 +172,9 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # Sampler steps
 #
 # DDPM draws x_{t-1} from the predicted Gaussian. DDIM adds no noise and needs fewer steps: it
-# integrates the probability-flow ODE, whose x_t are distributed as q_sample's, by Euler's method.
-# DPM-Solver++ integrates it to second order, extrapolating x_0 from its last two predictions.
+# integrates the probability-flow ODE, whose x_t are distributed as q_sample's, by Euler's method
+# for x / alpha as a function of sigma / alpha. DPM-Solver++ integrates it to second order,
+# extrapolating x_0 from its last two predictions.
 #
 # A step names the arguments that it uses, and returns x, one step closer to x_0:
 #     i        index into the schedule
@@ -237,7 +239,7 @@ SAMPLERS = {  # name: (its schedule, its step)
 
 
 def predict_noise_and_variance(model, x, t, y, mask, guidance, v1_guidance=False):
-    """Return the guided eps and the variance with the captions, [B, C, T, H, W] each. x
+    """Return the guided eps and the var of the captions, [B, C, T, H, W] each. x
     [B, C, T, H, W]; t a scalar tensor; y [2B, L, E], mask [2B, L] of B captions, then B null
     captions; if guidance is 1, B captions are enough. v1_guidance: guide 3 of the 4 channels,
     as v1 and DiT.

@@ -2,7 +2,7 @@
 
 Input: noisy video latents, timesteps, T5 embeddings of captions. Output: twice the channels of the
 latents, first the predicted noise, then `var`, from which sample.log_variance makes the variance of
-the reverse step (IDDPM; it is not v-prediction). Parameters have the names of the released weights.
+the reverse step (IDDPM, not v-prediction). Parameters have the names of the released weights.
 "v1" means Open-Sora v1, "the report" docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
 
 Shapes in this file:
@@ -186,7 +186,7 @@ def split(table):
 # The rest is PixArt-alpha's block: shift, scale and gate from the timestep (one MLP shared by all
 # blocks plus a table per block, "adaLN-single", arXiv 2310.00426 section 2.3), cross-attention,
 # MLP. The output projection of temporal attention starts at zero: with PixArt-alpha's weights in
-# the rest, an untrained model generates T independent PixArt images.
+# the rest, the model generates T independent PixArt images until it is trained on videos.
 
 
 class STDiTBlock(nn.Module):
@@ -250,7 +250,7 @@ class FullBlock(STDiTBlock):
 
 class LatteBlock(STDiTBlock):
     """A PixArt block for space, then one for time with its own table and MLP and no cross-attention
-    (Latte, arXiv 2401.03048). The temporal block is not zero at first, so it is no image model.
+    (Latte, arXiv 2401.03048), which is not zero at first: it does not start as an image model.
     """
 
     def __init__(self, config):
@@ -349,7 +349,7 @@ class FinalLayer(nn.Module):
 
 def autocast(device):
     """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. All else
-    stays in fp32: at t = 0 the noise has a scale of 0.01, and bf16 would round latents by 0.002.
+    stays in fp32: at t = 0 the noise has a scale of 0.01, and bf16 rounds latents by up to 0.004.
     """
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
@@ -402,7 +402,7 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         t_emb = self.t_embedder(t)  # [B, D]
         mod = self.t_block(t_emb).unflatten(1, (6, D))  # [B, 6, D]  shared by all blocks
         y = self.y_embedder(y)  # [B, L, D]
-        with autocast(x.device):  # mod and x, made outside, stay fp32
+        with autocast(x.device):  # x stays fp32: what is added to it in bf16 is promoted
             for i, block in enumerate(self.blocks):  # as in v1, block 0 alone gets pos
                 x = block(x, y, mask, mod, pos if i == 0 else None)  # [B, T, S, D]
         return self.final_layer(x, t_emb, h, w)  # [B, 2C, T, H, W]

@@ -281,6 +281,7 @@ def train_step(run):
     c = run.config
     losses = torch.zeros(3, device=run.distributed.device)
     for k in range(run.micro_batches):
+        # x0, y, mask, t, noise, drop: see training_batch
         batch = [to_device(tensor, run.distributed.device) for tensor in next(run.batches)]
         # DDP averages gradients over processes in the backward pass of the last micro-batch only.
         run.ddp_model.require_backward_grad_sync = k == run.micro_batches - 1  # as no_sync()
@@ -296,7 +297,7 @@ def train_step(run):
         update_ema(c, run.step, run.ema, run.model)
     else:
         print0(f"step {run.step + 1}: skipped, its gradient norm is {grad_norm}")
-    run.optimizer.zero_grad(set_to_none=False)  # gradients are views of DDP's buckets
+    run.optimizer.zero_grad(set_to_none=False)  # in place: they are views of DDP's buckets
     return losses, grad_norm
 
 
