@@ -272,7 +272,8 @@ def decode(path, numbers, transform, times=()):
                 found[count] = transform(to_rgb(frame, stream))
             count += 1
             # B-frames are decoded after a later frame that they need (shown order B B P, decoded
-            # P B B). So go on to the next frame that is not a B-frame: it may be damaged.
+            # P B B). So go on to the next frame that is not a B-frame, which may be damaged; it is
+            # at most 16 frames later.
             b_frame = frame.pict_type == av.video.frame.PictureType.B
             if count > last + 16 or (count > last and not b_frame):
                 break

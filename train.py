@@ -272,6 +272,7 @@ class Run:
     step: int  # optimizer steps done
     micro_batches: int  # forward passes per step on this process
     batches: Iterator  # results of training_batch
+    vae: data.VAE | None  # decodes sample videos; loaded at the start, so that an error shows there
 
 
 def train_step(run):
@@ -482,8 +483,7 @@ def write_samples(run):
         x0, y, mask = default_collate([validation.cache[row] for row in rows[share]])  # x0: shape
         options = dict(guidance=c.guidance, guidance_min_t=c.guidance_min_t)
         options |= dict(batch_size=c.micro_batch or 32, steps=c.sample_steps)
-        vae = data.VAE(validation.cache.encoders[0], d.device)
-        videos = sample.generate(run.ema, vae, y, mask, keys[share], x0.shape[1:], **options)
+        videos = sample.generate(run.ema, run.vae, y, mask, keys[share], x0.shape[1:], **options)
     shares = data.all_gather(videos)
     if d.rank == 0:
         n = d.world_size  # undo the slices [rank::n]
@@ -640,8 +640,7 @@ def start_run(config, distributed):
         device_type, names = d.device.split(":")[0], ("dp", "sp")
         sp_mesh = init_device_mesh(device_type, (dp_size, c.sp), mesh_dim_names=names)["sp"]
     set_up_scaling(model, c.activation_checkpointing, c.compile, sp_mesh)
-    # This switch counts on a CPU too, where plain attention is faster for sequences as short as
-    # the toy's than fused attention.
+    # Plain attention on a CPU, for which this switch counts too: assets/toy was trained with it.
     torch.backends.cuda.enable_flash_sdp(d.device != "cpu")
     ddp_model = model
     if d.world_size > 1:
@@ -663,6 +662,7 @@ def start_run(config, distributed):
         step=step,
         micro_batches=c.batch_size // (B * dp_size),
         batches=prefetch(lambda i: training_batch(c, training, i), indices),
+        vae=data.VAE(training.cache.encoders[0], d.device) if c.num_samples else None,
     )
 
 
