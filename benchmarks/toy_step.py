@@ -1,5 +1,5 @@
-"""Steps of the toy on this machine, in turns: plain against fused attention on the CPU, and with
-against without reading the next batch in a thread.
+"""Steps of the toy on this machine, in turns: blocks in bf16 against fp32, plain against fused
+attention, and with against without reading the next batch in a thread.
 
     python train.py                  # or a part of it: makes the latent cache
     python benchmarks/toy_step.py --cache out/toy-train-2048x8x64
@@ -17,6 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import stdit
 import train
 from data import Distributed, run_command
 
@@ -41,15 +42,28 @@ def in_turns(name, runs, set_up, rounds, steps):
 def main(cache: str = "out/toy-train-2048x8x64", rounds: int = 6, steps: int = 8):
     options = dict(data=cache, num_samples=0, out="out/toy-step")
     run = train.start_run(train.replace(train.TOY, **options), Distributed())
-    plain_attention = lambda label: torch.backends.cuda.enable_flash_sdp(label == "fused")  # noqa: E731
-    in_turns("attention", {"plain": run, "fused": run}, plain_attention, rounds, steps)
+    fp32 = stdit.autocast
+
+    def precision(label):
+        """Let the blocks compute in bf16, as on CUDA, or in fp32."""
+        bf16 = label == "bf16"
+        stdit.autocast = (lambda device: torch.autocast("cpu", torch.bfloat16)) if bf16 else fp32
+
+    in_turns("blocks", {"bf16": run, "fp32": run}, precision, rounds, steps)
+    precision("fp32")
+
+    def attention(label):
+        """Let a CPU use fused attention or not; the switch counts for it too."""
+        torch.backends.cuda.enable_flash_sdp(label == "fused")
+
+    in_turns("attention", {"plain": run, "fused": run}, attention, rounds, steps)
 
     c, training = run.config, run.training
     B = c.batch_size
     indices = train.indices_from(0, B, B, 0, 1)
     batches = (train.training_batch(c, training, i) for i in indices)
     runs = {"with": run, "without": train.replace(run, batches=batches)}
-    plain_attention("plain")
+    attention("fused")
     in_turns("prefetch", runs, lambda label: None, rounds, steps)
 
 

@@ -172,13 +172,12 @@ def test_the_next_batch_is_read_while_this_one_is_used():
 def test_learning_rate_loss_weights_and_ema_follow_their_formulas():
     config = replace(TOY, lr=1.0, warmup=10, steps=100, ema_decay=0.9)
     rates = [train.learning_rate(config, step) for step in (0, 4, 50, 75)]
-    cosine = [0.5 * (1 + math.cos(math.pi * step / 100)) for step in (0, 4, 50, 75)]
-    assert rates == pytest.approx([0.1 * cosine[0], 0.5 * cosine[1], *cosine[2:]])
-    assert train.learning_rate(replace(config, cosine=False), 99) == 1
+    assert rates == pytest.approx([0.1, 0.5 * 0.96, 0.5, 0.25])
+    assert train.learning_rate(replace(config, decay=False), 99) == 1
     t, schedule = torch.arange(1000), sample.TRAIN_SCHEDULE
     snr = (schedule.alpha / schedule.sigma).square()
     weights = train.loss_weights(config, schedule, t)
-    assert torch.equal(weights, (0.03 / snr).clamp(max=1)) and (weights == 1).sum() > 100
+    assert torch.equal(weights, (0.05 / snr).clamp(max=1)) and (weights == 1).sum() > 100
     assert (train.loss_weights(TrainConfig(), schedule, t) == 1).all()
     model = nn.Linear(3, 3)
     for step, decay in ((0, 2 / 11), (7, 0.5), (1000, 0.9)):
@@ -338,7 +337,7 @@ def test_temporal_training_changes_temporal_attention_alone(config, tmp_path):
     options = {"trainable": "temporal", "init": str(tmp_path / "init")}
     before, trained = model.state_dict(), {n for n in model.state_dict() if "attn_temp" in n}
     for steps in (3, 5):  # the second resumes
-        train.train(replace(config, steps=steps, cosine=False, **options))
+        train.train(replace(config, steps=steps, decay=False, **options))
         after = checkpoint_of(config)
         for kind in ("model", "ema"):
             same = {n for n in before if torch.equal(before[n], after[f"{kind}.{n}"])}
@@ -461,8 +460,8 @@ def test_data_that_does_not_fit_the_run_is_refused(config):
 
 
 def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy):
-    argv = ["--steps", "7", "--batch_size", "6", "--no-cosine", "--preset", "16x256x256-24gb"]
-    changes = {"steps": 7, "batch_size": 6, "cosine": False, "out": "out/16x256x256-24gb"}
+    argv = ["--steps", "7", "--batch_size", "6", "--no-decay", "--preset", "16x256x256-24gb"]
+    changes = {"steps": 7, "batch_size": 6, "decay": False, "out": "out/16x256x256-24gb"}
     expected = replace(train.PRESETS["16x256x256-24gb"], **changes)
     assert train.parse_command_line(argv) == replace(expected, preset="16x256x256-24gb")
     config = replace(config, steps=2)

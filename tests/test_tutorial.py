@@ -71,7 +71,7 @@ def test_numbers_in_the_prose_of_the_tutorial():
     assert "= 90%" in text and round(100 * 0.9999**1000) == 90
     assert "98.5%" in text and round(100 * 64 / 65, 1) == 98.5
     snr = (sample.TRAIN_SCHEDULE.alpha[100] / sample.TRAIN_SCHEDULE.sigma[100]) ** 2
-    assert "0.0035 at t = 100" in text and round(train.TOY.min_snr / snr.item(), 4) == 0.0035
+    assert "0.0059 at t = 100" in text and round(train.TOY.min_snr / snr.item(), 4) == 0.0059
     for factor, inputs in ("1.28", 4096), ("0.68", 1152), ("0.16", 64), ("0.23", 128):
         assert factor in text and f"{0.02 * inputs**0.5:.2f}" == factor
 
