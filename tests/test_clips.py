@@ -414,14 +414,11 @@ def test_two_processes_write_the_files_of_one(
     one, shares, two = (tmp_path / name for name in ("one", "shares", "two"))
     monkeypatch.setattr(sys, "argv", ["data.py", str(folder), *map(str, VIEW), f"--out={one}"])
     monkeypatch.setattr(data, "frame_rates", Counter())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as under torchrun, for the same bits
     data.main()
     assert "10 videos of 24 frames a second\n" in capsys.readouterr().out
     clips = data.Clips(folder, 4, 1, 32, 48, seed=0)
     with pytest.raises(FileNotFoundError):  # rank 1 writes no index
         data.write_cache(clips, shares, *encoders, data.Distributed("cpu", rank=1, world_size=2))
-    torch.set_num_threads(threads)
     assert contents(shares).keys() == {f"{row:06d}.safetensors" for row in range(1, 10, 2)}
     processes(2).run(CODE.format(folder=str(folder), two=str(two)))
     assert contents(two) == contents(one) == contents(one) | contents(shares)

@@ -421,7 +421,12 @@ def test_sample_files_depend_on_seed_and_prompt_alone(finished, tmp_path, monkey
 
     one, again, other = files("a"), files("b"), files("c", "--seed", "1")
     assert set(one) == {"00_a-blue-square.mp4", "00_a-blue-square.gif", "sheet.png"}
-    assert one == again and all(one[file] != other[file] for file in one)
+    for file in set(one) - {"00_a-blue-square.mp4"}:
+        assert one[file] == again[file] != other[file], file
+    a, b, c = (data.read_frames(tmp_path / f"{k}/00_a-blue-square.mp4", 8).float() for k in "abc")
+    # The sheet shows that the pixels are the same. From the same pixels x264 with AVX-512 has made
+    # videos that differ by 1.4 of 255 on average, the first time after other work.
+    assert (a - b).abs().mean() < 5 < (a - c).abs().mean()
     two = files("d", "--prompt", "a red circle", "--sampler", "ddim", "--guidance", "1")
     assert set(two) == set(one) | {"01_a-red-circle.mp4", "01_a-red-circle.gif"}
     image = files("e", "--frames", "1", "--width", "128")

@@ -61,7 +61,7 @@ def test_the_notebook_is_that_of_the_tutorial():
 def test_numbers_in_the_prose_of_the_tutorial():
     text = " ".join(TUTORIAL.split())
     assert "507 are distinct" in text and torch.arange(1000).bfloat16().unique().numel() == 507
-    assert "which is 1/157" in text and round(1 / sample.TRAIN_SCHEDULE.alpha[999].item()) == 157
+    assert "= 1/157" in text and round(1 / sample.TRAIN_SCHEDULE.alpha[999].item()) == 157
     u = torch.arange(1, 1000) / 1000  # the density of 1000 sigmoid(0.4 + n)
     density = (-0.5 * (torch.logit(u) - 0.4) ** 2).exp() / (u * (1 - u))
     assert "densest at 682" in text and density.argmax() + 1 == 682

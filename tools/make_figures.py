@@ -188,31 +188,35 @@ def noise(c, frame=3):
     write_rows("noise.png", [latents, decoded], labels, titles, size=135)
 
 
-def denoise(c, captions, keys):
-    """Yields (t, x_t, predicted x_0), latents [B, C, T, H, W], at each step of DPM-Solver++, and at
-    the end (None, x_0, x_0).
+def denoise(c, captions, keys, sampler):
+    """Yields (t, x_t, predicted x_0), latents [B, C, T, H, W], at each of 20 steps, and at the end
+    (None, x_0, x_0).
     """
-    make, step = sample.SAMPLERS["dpm"]
+    make, step = sample.SAMPLERS[sampler]
     schedule = make(20)
+    generators = [keyed_generator(*key) for key in keys]
+
+    def noise():
+        return torch.stack([torch.randn(SHAPE, generator=g) for g in generators])
+
     y, mask = c.t5.encode(captions)
     null = c.model.y_embedder.y_embedding.expand_as(y)
     y, mask = torch.cat([y, null]), torch.cat([mask, torch.ones_like(mask)])
-    x = torch.stack([torch.randn(SHAPE, generator=keyed_generator(*key)) for key in keys])
-    x0 = None
+    x, x0 = noise(), None
     for i in reversed(range(20)):
         t, x0_last = schedule.timesteps[i], x0
         g = TOY.guidance if t >= TOY.guidance_min_t else 1.0
-        eps, _ = sample.predict_noise_and_variance(c.model, x, t, y, mask, g)
+        eps, var = sample.predict_noise_and_variance(c.model, x, t, y, mask, g)
         x0 = sample.predict_x0(schedule, x, i, eps)
         yield t.item(), x, x0
-        x = step(schedule, i, x=x, x0=x0, x0_last=x0_last)
+        x = step(schedule, i, x=x, x0=x0, eps=eps, var=var, noise=noise, x0_last=x0_last)
     yield None, x, x
 
 
 def sampling(c):
     """x_t and the predicted x_0 in the course of sampling, in the first and the last frame."""
     columns, titles = [], []
-    for k, (t, x, x0) in enumerate(denoise(c, [data.caption_of(LABEL)], [KEY]), 1):
+    for k, (t, x, x0) in enumerate(denoise(c, [data.caption_of(LABEL)], [KEY], "dpm"), 1):
         if k in (1, 3, 5, 7, 9, 12, 16, 20):
             columns.append(torch.cat([c.decode(x)[0, [0, 7]], c.decode(x0)[0, [0, 7]]]))
             titles.append(f"{k}: t = {t}")
@@ -221,7 +225,7 @@ def sampling(c):
 
 
 def title(c, size=128):
-    """assets/title.gif: four captions, the last one unseen. At each step of sampling x_t and the
+    """assets/title.gif: four captions, the last one unseen. At each step of DDPM x_t and the
     predicted x_0, decoded, in frame 0; then the videos play twice.
     """
     labels = [data.SEEN[k] for k in (3, 20, 38)] + [LABEL]
@@ -247,7 +251,7 @@ def title(c, size=128):
         return image
 
     pages, durations = [], []
-    for k, (t, x, x0) in enumerate(denoise(c, captions, keys), 1):
+    for k, (t, x, x0) in enumerate(denoise(c, captions, keys, "ddpm"), 1):
         above, below = c.decode(x), c.decode(x0)
         if t is not None:
             last = above[:, 0]
@@ -358,14 +362,14 @@ def attention(c):
 
 
 def training(c):
-    """The first sample video of a run, an unseen caption, at six of the steps at which it was
+    """The first sample video of a run, an unseen caption, at five of the steps at which it was
     written.
     """
     files = sorted(c.run.glob("samples/step_*.gif"))
     last = int(files[-1].stem[5:])
     chosen = [
         min(files, key=lambda file: abs(int(file.stem[5:]) - share * last))
-        for share in (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
+        for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
     ]
     rows, labels = [], []
     for file in sorted(set(chosen)):
