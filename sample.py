@@ -439,7 +439,7 @@ class SampleConfig:
     t5: str | None = None  # folder or Hub name of T5 encoder and tokenizer
     # denoising
     steps: int = 50  # denoising steps; v1: 100
-    sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # dpm: DPM-Solver++(2M), good with 20 steps
+    sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # dpm: DPM-Solver++(2M)
     v1_guidance: bool = False  # as v1: guide 3 of 4 channels, null caption with the prompt's mask
     seed: int = 0  # random seed
     batch_size: int = 8  # videos at a time

@@ -44,26 +44,27 @@ def main(cache: str = "out/toy-train-2048x8x64", rounds: int = 6, steps: int = 8
     run = train.start_run(train.replace(train.TOY, **options), Distributed())
     fp32 = stdit.autocast
 
+    def attention(label):
+        """Let a CPU use fused attention or not; the switch counts for it too."""
+        torch.backends.cuda.enable_flash_sdp(label == "fused")
+
     def precision(label):
         """Let the blocks compute in bf16, as on CUDA, or in fp32."""
         bf16 = label == "bf16"
         stdit.autocast = (lambda device: torch.autocast("cpu", torch.bfloat16)) if bf16 else fp32
 
-    in_turns("blocks", {"bf16": run, "fp32": run}, precision, rounds, steps)
+    for label in ("fused", "plain"):
+        attention(label)
+        in_turns(f"{label} attention", {"bf16": run, "fp32": run}, precision, rounds, steps)
     precision("fp32")
-
-    def attention(label):
-        """Let a CPU use fused attention or not; the switch counts for it too."""
-        torch.backends.cuda.enable_flash_sdp(label == "fused")
-
     in_turns("attention", {"plain": run, "fused": run}, attention, rounds, steps)
+    attention("fused")
 
     c, training = run.config, run.training
     B = c.batch_size
     indices = train.indices_from(0, B, B, 0, 1)
     batches = (train.training_batch(c, training, i) for i in indices)
     runs = {"with": run, "without": train.replace(run, batches=batches)}
-    attention("fused")
     in_turns("prefetch", runs, lambda label: None, rounds, steps)
 
 

@@ -1,6 +1,6 @@
 """Writes the figures of the tutorial to assets/figures, assets/title.gif and assets/toy.gif.
 
-    python train.py && python tools/make_figures.py    # two minutes
+    python train.py --sample-every 250 && python tools/make_figures.py    # two minutes
     python tools/make_figures.py --only network block                     # some of them
 
 Most figures are made with assets/toy. Those of the course of training need a run of the preset

@@ -19,9 +19,9 @@ from train import read_metrics  # noqa: E402
 README = """# The toy model
 
 STDiT with {parameters:,} parameters, in fp16: the moving average of the weights after `python
-train.py --seed {seed}`, written by tools/make_toy.py. Of {n} videos of seen captions (10 steps of
-DDPM, guidance 3 at t >= 600) {seen} match them in color, shape and direction, of {m} of unseen
-captions {unseen}. Sample with
+train.py --seed {seed}`, written by tools/make_toy.py. With 10 steps of DDPM and guidance 3 at
+t >= 600, {seen} of {n} videos of seen captions and {unseen} of {m} of unseen ones match in color,
+shape and direction. Sample with
 
     python sample.py --weights assets/toy --prompt "a red circle moving left" --steps 10
 """
