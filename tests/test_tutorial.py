@@ -103,6 +103,17 @@ def test_links_lead_to_what_they_name(document):
             assert int(line) == found, f"{document}: {name} is in line {found}: {UPDATE}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_tables_have_one_header_and_rows_of_its_width(document):
+    """A blank line inside a table would turn the rows after it into plain text."""
+    text = (ROOT / document).read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        header, line, *rows = table.splitlines()
+        assert re.fullmatch(r"\|(-+\|)+", line), f"{document}: no header above {header}"
+        for row in rows:
+            assert row.count("|") == header.count("|"), f"{document}: {row}"
+
+
 TORCHRUN = ("help", "shutdown-timeout", "nnodes", "nproc-per-node", "rdzv-id")
 TORCHRUN += ("rdzv-backend", "rdzv-endpoint")
 
