@@ -71,16 +71,21 @@ def list_clips(source):
 
 
 def list_files(folder):
-    """The files of clips below a folder, also behind symbolic links, without hidden ones."""
+    """The files of clips below a folder, following symbolic links, without hidden ones."""
     files, entered = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.realpath(parent) in entered:  # a loop of links, or visited before
             folders.clear()
             continue
         entered.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(p for p in files if p.suffix.lower() not in NOT_CLIPS and p.is_file())
+    files = [p for p in files if p.suffix.lower() not in NOT_CLIPS]
+    return sorted(p for p in files if p.is_file() or not p.exists())  # also links to nothing
+
+
+def refuse(error):
+    raise UserError(f"{error.filename} cannot be listed: {error.strerror}")
 
 
 def read_text(path):
@@ -100,8 +105,7 @@ def read_table(path):
     rows = []
     problem = "no path, a missing column, or a text with commas without quotes"
     try:
-        header = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = header
+        reader.fieldnames = header = [name.strip() for name in reader.fieldnames or ()]
         require({"path", "text"} <= {*header}, f"{path}, line 1: needs path,text; it has {header}")
         for row in reader:  # surplus fields have the key None, missing ones the value None
             complete = row["path"] and None not in row and None not in row.values()
@@ -113,7 +117,7 @@ def read_table(path):
 
 
 def clean_caption(text):
-    """One line in lower case, without web addresses, HTML tags and entities, as in v1."""
+    """One line in lower case, without web addresses, HTML tags and entities."""
     attribute = r"""\s+[\w:-]+\s*=\s*("[^"]*"|'[^']*'|[^\s<>]+)"""  # such as class="a"
     tag = rf"</?[a-z]\w*({attribute})*\s*/?>"  # <p>, but not "I <3 my dog who runs -> jumps"
     address = r"(https?://|\bwww\.)(\S*[^\s.,;:!?)\]}\"'<>])?"  # without punctuation after it
@@ -144,7 +148,7 @@ TO_SDR = "ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=t=709:p=
 # What PyAV and Pillow raise for damaged files
 DAMAGE = (av.FFmpegError, OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error)
 DAMAGE += (Image.DecompressionBombError,)
-frame_rates = Counter()  # of the videos that this process has read
+frame_rates = []  # of the videos that this process has read
 
 
 class UnreadableClip(Exception):
@@ -185,6 +189,7 @@ def read_chosen(path, choose, transform=lambda frame: frame):
         return torch.stack([found[number] for number in numbers])
     except DAMAGE as error:
         if isinstance(error, (OSError, MemoryError)) and error.errno:
+            error.add_note(str(path))
             raise  # of the system (PyAV's have an errno too), such as too many open files
         raise UnreadableClip(f"{type(error).__name__}: {error}") from None
 
@@ -239,7 +244,7 @@ def list_packets(path):
     with open_video(path) as (container, stream):
         packets = container.demux(stream)
         packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
-        frame_rates[round(float(stream.average_rate or 0), 2)] += 1
+        frame_rates.append(round(float(stream.average_rate or 0), 2))
         codec = stream.codec.canonical_name
         known = container.format.name in TIMED and codec in ONE_FRAME_PER_PACKET
     times = sorted({time for time, _ in packets} - {None})
@@ -343,7 +348,7 @@ def center_crop_and_resize(frames, height, width):
     """Crop frames, uint8 [..., 3, H, W], to the center and resize them: [..., 3, height, width]."""
     H, W = frames.shape[-2:]
     scale = min(H / height, W / width)  # of the largest rectangle of that aspect ratio
-    h, w = round(height * scale), round(width * scale)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
     top, left = round((H - h) / 2), round((W - w) / 2)
     crop = frames[..., top : top + h, left : left + w].reshape(-1, 3, h, w)
     out = interpolate(crop, (height, width), mode="bilinear", antialias=True)
@@ -431,6 +436,9 @@ class VAE:
         self.source, self.device, self.micro_batch = source, device, micro_batch
         self.scaling_factor = model.config.scaling_factor  # to a variance of about 1; 0.18215 in v1
         self.channels = model.config.latent_channels
+        # A VAE such as FLUX's also shifts its latents.
+        shifted = getattr(model.config, "shift_factor", None)
+        require(not shifted, f"{source}: its VAE has shift_factor={shifted}, expected none")
         self.factor = 2 ** (len(model.config.block_out_channels) - 1)  # pixels per latent: 8
 
     @torch.no_grad()
@@ -456,7 +464,8 @@ class VAE:
         t, h, w = patch_size[0], patch_size[1] * self.factor, patch_size[2] * self.factor
         fits = frames % t == 0 and size % h == 0 and width % w == 0
         found = f"frames={frames} size={size} width={width}"
-        require(fits, f"{found}: expected multiples of {t}, {h}, {w}")
+        positive = min(frames, size, width) > 0
+        require(fits and positive, f"{found}: expected positive multiples of {t}, {h}, {w}")
 
 
 def to_uint8(video):
@@ -511,9 +520,8 @@ def write_cache(clips, out, vae, t5, distributed=None):
     already are kept, so a call after an interruption continues. UserError if the settings differ.
     """
     out, d = Path(out), distributed or Distributed()
-    settings = clips.settings | dict(
-        encoder_hash=hash_encoders(vae, t5), caption_length=t5.length, caption_channels=t5.channels
-    )
+    settings = clips.settings | dict(encoder_hash=hash_encoders(vae, t5), channels=vae.channels)
+    settings |= dict(caption_length=t5.length, caption_channels=t5.channels)
     path = out / "settings.json"
     found = json.loads(path.read_text()) if path.exists() else settings
     changed = ", ".join(key for key in settings if found.get(key) != settings[key])
@@ -531,8 +539,8 @@ def write_cache(clips, out, vae, t5, distributed=None):
         for row in progress(rows, f"encoding {out}"):
             frames = ahead.popleft().result()
             ahead.extend(islice(reads, 1))
-            files[row].unlink(missing_ok=True)  # in case the clip is unreadable now
             if frames is None:
+                files[row].unlink(missing_ok=True)  # it was readable before
                 continue
             latents = vae.encode(frames, keyed_generator(settings["seed"], "posterior", row))
             y, mask = t5.encode([clips.captions[row]])  # [1, L, E], [1, L]
@@ -544,8 +552,9 @@ def write_cache(clips, out, vae, t5, distributed=None):
     if d.rank == 0:  # the index is written last: with it the cache is complete
         made = [row for row, file in enumerate(files) if file.exists()]
         print0(f"{out}: {len(made)} of {len(clips)} clips")
-        require(made, "no clip is readable, see the warnings")
-        index = {"settings": settings, "encoders": [vae.source, t5.source]}
+        require(made, f"none of {len(clips)} clips is readable, see the warnings")
+        encoded = hashlib.sha256(repr([(r, stamps[r]) for r in made]).encode()).hexdigest()[:12]
+        index = {"settings": settings | {"encoded": encoded}, "encoders": [vae.source, t5.source]}
         index["clips"] = [(row, clips.captions[row]) for row in made]
         index["stamps"] = {os.path.abspath(clips.files[r]): stamps[r] for r in made if stamps[r]}
         write_json(out / "index.json", index)
@@ -565,7 +574,8 @@ def is_encoded(file, stamp):
     """Whether a file of a cache was made from a clip's file as it is now."""
     if not file.exists():
         return False
-    with safe_open(file, "pt") as tensors:  # if the clip's file is gone, what is cached counts
+    with safe_open(file, "pt") as tensors:
+        # If the clip's file is gone, the cached one is valid.
         return stamp is None or (tensors.metadata() or {}).get("stamp") == stamp
 
 
@@ -579,7 +589,7 @@ class LatentCache:
         self.settings, self.encoders = index["settings"], index["encoders"]
         self.files = [Path(folder) / f"{row:06d}.safetensors" for row, _ in index["clips"]]
         self.captions = [caption for _, caption in index["clips"]]
-        stamps = index.get("stamps", {}).items()
+        stamps = index["stamps"].items()
         changed = [path for path, stamp in stamps if file_stamp(path) not in (stamp, None)]
         found = f"{len(changed)} clips have changed since {folder} was made, such as {changed[:1]}"
         require(not changed, f"{found}: run data.py again")
@@ -751,13 +761,13 @@ class Toy:
 class CacheConfig:
     source: tyro.conf.Positional[str]  # folder of clips, or CSV with the header path,text
     out: str  # folder to write; after an interruption, run the same command again
+    vae: str  # folder or Hub name of the VAE; that of the toy is assets/vae
+    t5: str  # folder or Hub name of T5's encoder and tokenizer; those of the toy: assets/t5
     frames: int = 8  # frames of a clip; 1 for images
     stride: int = 1  # source frames per frame; v1: 3, and 2 for 64 frames
     size: int = 64  # height in pixels
     width: int = 0  # width in pixels; 0: the height
     caption_length: int = 16  # maximum number of tokens; 120 for T5-XXL
-    vae: str = "assets/vae"  # folder or Hub name of the VAE; default: the toy's
-    t5: str = "assets/t5"  # folder or Hub name of T5 encoder and tokenizer; default: the toy's
     seed: int = 0  # random seed of temporal crops and posterior samples
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
 
@@ -771,9 +781,9 @@ def main():
     t5 = T5(c.t5, c.caption_length, d.device)
     write_cache(clips, c.out, vae, t5, d)
     # At one stride, clips of different frame rates move at different speeds.
-    counts = sum(all_gather(frame_rates), Counter())  # of all processes
+    counts = Counter(sum(all_gather(frame_rates), []))  # of all processes
     for rate, count in sorted(counts.items()):
-        print0(f"{count:6} videos of {rate:g} frames a second")
+        print0(f"{count:6} videos read, of {rate:g} frames a second")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -806,6 +816,8 @@ def run_command(main):
         if rank == "0" or dist.is_initialized():  # else all ranks have the same error
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     if dist.is_initialized():  # skipped after an error, because it could hang
         dist.destroy_process_group()
 
@@ -840,9 +852,11 @@ def progress(items, label):
 
 def print0(text):
     """Print on rank 0, above a progress bar."""
-    if RANK == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+    # A run must be saved after Ctrl-C, which also ends `tee`, or interrupts another print.
+    with suppress(BrokenPipeError, RuntimeError):
+        if RANK == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 def init_distributed(device="auto"):
@@ -852,6 +866,9 @@ def init_distributed(device="auto"):
     if device == "auto":
         mps = torch.backends.mps.is_available() and world_size == 1  # MPS is a single device
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda":
+        gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0)) + 1
+        require(gpus >= needed, f"--device cuda: found {gpus} GPUs, expected {needed}")
     if world_size == 1:
         return Distributed(device)
     backend, device_id = "gloo", None
@@ -872,7 +889,7 @@ def all_reduce_sum(tensor):
 
 
 def all_gather(value):
-    """The values of all processes in the order of ranks. It waits for hours if one is not there."""
+    """The values of all processes in the order of ranks. It waits for hours if one is late."""
     if patient_group is None:
         return [value]
     values = [None] * dist.get_world_size()

@@ -1,6 +1,6 @@
 """The diffusion process: noise schedule, training loss, samplers, and the command to sample.
 
-    python sample.py --weights out/toy --prompt "a red circle moving left"
+    python sample.py --weights assets/toy --prompt "a red circle moving left"
 
 writes an MP4 and a GIF for each prompt (with --frames 1 a PNG) and a contact sheet. The process is
 IDDPM (Nichol and Dhariwal 2021, arXiv 2102.09672): 1000 forward steps add noise; in reverse the
@@ -138,9 +138,9 @@ def log_variance(schedule, var, t):
 
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Return a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
-    term of the VLB at t, in bits per dimension. Training minimizes their sum. (IDDPM
-    weights the sum over 1000 t by 0.001, which is the mean over t: 1 for a random t.) out
-    [B, 2C, T, H, W]: the network's output for x_t = q_sample(schedule, x0, t, noise).
+    term of the VLB at t, in bits per dimension. Training minimizes their sum. (IDDPM weights the
+    sum over t by 0.001; with 1000 timesteps that is 1 for a random t.) out [B, 2C, T, H, W]: the
+    network's output for x_t = q_sample(schedule, x0, t, noise).
     """
     eps, var = out.chunk(2, dim=1)  # 2 x [B, C, T, H, W]
     mse = (eps - noise).square().flatten(1).mean(1)
@@ -403,17 +403,24 @@ def find_weights(source):
 
 def read_config(folder):
     """Return the STDiTConfig of a folder of weights."""
-    return STDiTConfig(**json.loads((folder / "config.json").read_text()))
+    config = json.loads((folder / "config.json").read_text())
+    other = config.keys() - vars(STDiTConfig()).keys()
+    require(not other, f"{folder}: config.json is not that of an STDiT, it has {sorted(other)[:3]}")
+    return STDiTConfig(**config)
 
 
 def load_model(source, **changes):
     """Load the model of a run, folder or Hub name, in eval mode and fp32. changes: new values for
-    fields of its config. Raises if a tensor is missing, unexpected or of the wrong shape.
+    fields of its config. UserError if a tensor is missing, unexpected or of the wrong shape.
     """
     folder = find_weights(source)
     with torch.device("meta"):  # nothing is allocated and initialized
         model = STDiT(replace(read_config(folder), **changes))
-    model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} does not fit the network {model.config}: {reason}") from None
     return model.float().eval()
 
 
@@ -487,10 +494,14 @@ def main():
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
     SAMPLERS[c.sampler][0](c.steps)  # a wrong number of steps fails before anything is loaded
     c = resolve(c)
+    found = f"batch_size={c.batch_size} output_fps={c.output_fps}"
+    require(min(c.batch_size, c.output_fps) > 0, f"{found}: expected at least 1")
     device, _, world_size = data.init_distributed(c.device)
     require(world_size == 1, "sample.py runs on one device: start it without torchrun")
     model = load_model(c.weights, space_scale=c.space_scale, time_scale=c.time_scale)
     vae = data.VAE(c.vae, device)
+    found, expected = vae.channels, model.config.in_channels
+    require(found == expected, f"{c.vae}: its VAE has {found} channels, expected {expected}")
     vae.check_size(c.frames, c.size, c.width, model.config.patch_size)
     prompts = [data.clean_caption(prompt) for prompt in c.prompt]
     y, mask = data.T5(c.t5, model.config.caption_length, device).encode(prompts)

@@ -348,8 +348,9 @@ class FinalLayer(nn.Module):
 
 
 def autocast(device):
-    """The precision of the blocks: matrix products in bf16 on CUDA, fp32 on CPU and MPS. All else
-    stays in fp32: at t = 0 the noise has a scale of 0.01, and bf16 rounds latents by up to 0.004.
+    """The precision of the blocks. On CUDA, linear layers, attention and GELU are in bf16; norms,
+    the residual stream x and all outside the blocks stay in fp32, as everything on CPU and MPS: at
+    t = 0 the noise has a scale of 0.01, and bf16 rounds latents by up to 0.008.
     """
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 

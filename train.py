@@ -107,7 +107,7 @@ class TrainConfig:
 STAGE1 = TrainConfig()
 STAGE2 = replace(STAGE1, init="out/16x256x256", steps=24_000)  # on clips of higher quality
 STAGE3 = replace(STAGE1, init="out/16x256x256-hq", size=512, steps=20_000, batch_size=128)
-STAGE3 = replace(STAGE3, micro_batch=1, activation_checkpointing="none")  # one clip fits in 80 GB
+STAGE3 = replace(STAGE3, micro_batch=1, activation_checkpointing="none")  # should fit in 80 GB
 STAGE4 = replace(STAGE3, init="out/16x512x512", frames=64, stride=2, time_scale=1.5, output_fps=12)
 STAGE4 = replace(STAGE4, activation_checkpointing="full")
 TOY = TrainConfig(
@@ -184,11 +184,8 @@ class Stream:
 
     def batch(self, indices):
         """Read the clips at these indices: x0 [B, C, T, H, W], y [B, L, E], mask [B, L]."""
-        rows = []
-        for index in indices:
-            epoch, i = divmod(index, len(self.rows))
-            order = permutation(self.seed, len(self.rows), epoch)
-            rows.append(self.rows[order[i]])
+        n = len(self.rows)
+        rows = [self.rows[permutation(self.seed, n, i // n)[i % n]] for i in indices]
         return default_collate([self.cache[row] for row in rows])
 
 
@@ -209,7 +206,7 @@ def draw_timesteps(config, indices):
     the timesteps of a step are spread evenly, and its mean loss varies less from step to step.
     """
     u = draw(torch.rand, config.seed, "timestep", indices)
-    stratum = torch.tensor([index % config.batch_size for index in indices])
+    stratum = torch.tensor(indices) % config.batch_size
     u = (stratum + u) / config.batch_size
     if config.t_std is not None:
         u = torch.sigmoid(config.t_mean + config.t_std * torch.special.ndtri(u))
@@ -231,8 +228,8 @@ def indices_from(step, batch_size, B, dp_rank, dp_size):
     """Yield the indices of each micro-batch of a process, from a step on. With batch_size 8, B 2
     and 2 processes, rank 0 gets 0-1, 4-5, then 8-9, 12-13 in the next step; rank 1 gets 2-3, 6-7.
     """
-    for first in count(step * batch_size + dp_rank * B, batch_size):
-        yield from (range(i, i + B) for i in range(first, first + batch_size, B * dp_size))
+    for first in count(step * batch_size + dp_rank * B, B * dp_size):
+        yield range(first, first + B)
 
 
 def prefetch(read, keys):
@@ -362,22 +359,19 @@ def train(config, distributed=data.Distributed()):
     start = logged = run.step
     seconds = 0.0  # of the steps since `logged`
 
-    def due(every):
-        return run.step >= c.steps or (run.step > 0 and every > 0 and run.step % every == 0)
-
     while True:
         # Saving comes first, because a process that has to stop may have little time.
         flag = torch.tensor(int(stop_requested), device=distributed.device)
         stop = data.all_reduce_sum(flag).item() > 0  # on any process
-        if run.step > start and (stop or due(c.save_every)):
+        if run.step > start and (stop or due(c, run.step, c.save_every)):
             save_checkpoint(run)
         if stop:
             saved = f"continue with --resume --out {c.out}" if run.step else "no checkpoint"
             print0(f"stopped after step {run.step}; {saved}")
             return
-        if due(c.eval_every):
+        if due(c, run.step, c.eval_every):
             evaluate(run)
-        if c.num_samples and due(c.sample_every):
+        if c.num_samples and due(c, run.step, c.sample_every):
             write_samples(run)
         if run.step >= c.steps:
             break
@@ -386,19 +380,25 @@ def train(config, distributed=data.Distributed()):
         losses, grad_norm = train_step(run)
         seconds += time.time() - clock
         run.step += 1
-        if due(c.log_every):
+        if due(c, run.step, c.log_every):
             log_step(run, losses, grad_norm, (run.step - logged) * c.batch_size / seconds)
             logged, seconds = run.step, 0.0
     data.barrier()
     print0(f"{c.out}: checkpoints, metrics.jsonl, loss.png, samples; {time.time() - begin:.0f} s")
 
 
-PEAK = {"A100": 312e12, "H100": 990e12, "H200": 990e12, "B200": 2250e12}  # FLOP/s, dense bf16
+def due(config, step, every):
+    """Whether after `step` steps something is due that happens every so many, and at the end."""
+    return step >= config.steps or (step > 0 and every > 0 and step % every == 0)
+
+
+# FLOP/s in bf16, dense; the first name that is a part of the GPU's counts
+PEAK = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 990e12, "H200": 990e12, "B200": 2250e12}
 
 
 def log_step(run, losses, grad_norm, clips_per_second):
     """Print the losses of this step, averaged over processes, and write them to metrics.jsonl. On
-    CUDA also tokens per second, the share of the GPUs' peak rate and memory.
+    CUDA also tokens per second, memory, and the share of the GPUs' peak rate if that is known.
     """
     c, d = run.config, run.distributed
     loss, mse, vlb = (data.all_reduce_sum(losses) / d.world_size).tolist()
@@ -408,11 +408,13 @@ def log_step(run, losses, grad_norm, clips_per_second):
     speed = f"{clips_per_second:.1f} clips/s  about {minutes:.0f} min left"
     if d.device.startswith("cuda"):
         name = torch.cuda.get_device_name()
-        peak = d.world_size * next((v for k, v in PEAK.items() if k in name), math.nan)
         tokens, flop = (clips_per_second * cost for cost in cost_of_clip(c))  # per second
         memory = torch.cuda.max_memory_allocated() / 1e9
-        line |= dict(tokens_per_second=tokens, share_of_peak=flop / peak, memory_gb=memory)
-        speed += f"  {tokens:,.0f} tokens/s  {flop / peak:.1%} of peak  {memory:.1f} GB"
+        line |= dict(tokens_per_second=tokens, memory_gb=memory)
+        speed += f"  {tokens:,.0f} tokens/s  {memory:.1f} GB"
+        if peak := next((v for k, v in PEAK.items() if k in name), None):
+            line["mfu"] = flop / peak / d.world_size  # model FLOPs utilization
+            speed += f"  MFU {line['mfu']:.1%}"
     print0(f"step {run.step} of {c.steps}  loss {loss:.4f}  {speed}")
     if d.rank == 0:
         write_metrics(c.out, line)
@@ -531,8 +533,9 @@ def evaluate_toy(captions, videos):
 
 
 def read_metrics(out):
-    """Return the lines of a run's metrics.jsonl, without a half-written last one."""
-    lines = (Path(out) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    """Return the lines of a run's metrics.jsonl, if any, without a half-written last one."""
+    path = Path(out) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -569,7 +572,7 @@ def plot_losses(out):
 
 def save_checkpoint(run):
     """Write out/checkpoints/tmp and rename it step_N, so that a checkpoint is never half-written.
-    Delete all but the newest keep_checkpoints. Rank 0 writes, the others wait.
+    Delete all but the newest keep_checkpoints (0: none). Rank 0 writes, the others wait.
     """
     c = run.config
     if run.distributed.rank == 0:
@@ -587,7 +590,7 @@ def save_checkpoint(run):
         data.write_json(tmp / "state.json", state)
         os.replace(tmp, folder)
         for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:  # 0: keeps all
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # fails on NFS while sample.py reads it
     data.barrier()
 
 
@@ -628,10 +631,13 @@ def start_run(config, distributed):
     print0(f"{d.world_size} process(es) on {d.device}")
     if d.rank == 0:
         Path(c.out).mkdir(parents=True, exist_ok=True)
-        # What is logged again is left out: the steps after the checkpoint, and its evaluation.
-        logged = read_metrics(c.out) if step else []
-        lines = [m for m in logged if m["step"] < step or ("loss" in m and m["step"] == step)]
-        (Path(c.out) / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+        # What is logged again is left out: later steps, and what is due at the checkpoint's.
+        again = {"validation"} if due(c, step, c.eval_every) else set()
+        again |= {"samples"} if c.num_samples and due(c, step, c.sample_every) else set()
+        lines = [m for m in read_metrics(c.out) if m["step"] <= step]
+        lines = [m for m in lines if m["step"] < step or not again & m.keys()]
+        text = "".join(json.dumps(m) + "\n" for m in lines)
+        data.atomic_write(Path(c.out) / "metrics.jsonl", lambda tmp: tmp.write_text(text))
 
     dp_size = d.world_size // c.sp
     B = c.micro_batch or c.batch_size // dp_size
@@ -669,16 +675,20 @@ def check_options(config, distributed):
     c, n = config, distributed.world_size
     require(c.sp >= 1 and n % c.sp == 0, f"sp={c.sp} must divide the {n} process(es)")
     unit = n // c.sp * (c.micro_batch or 1)
-    expected = f"expected a multiple of {unit} (processes / sp x micro_batch)"
-    require(c.batch_size % unit == 0, f"batch_size={c.batch_size}: {expected}")
+    expected = f"expected a positive multiple of {unit} (processes / sp x micro_batch)"
+    possible = c.batch_size > 0 and c.batch_size % unit == 0
+    require(possible, f"batch_size={c.batch_size}: {expected}")
+    sample.make_schedule(c.sample_steps)  # UserError
     pt, ph, pw = MODELS[c.model].patch_size
     T, S = c.frames // pt, (c.size // 8 // ph) * (c.width // 8 // pw)
     found = f"sp={c.sp} with {T} frames and {S} patches a frame"
-    require(T % c.sp == S % c.sp == 0, f"{found}: sp must divide both")
+    require(T % c.sp == 0 and S % c.sp == 0, f"{found}: sp must divide both")
     possible = c.sp == 1 or c.variant in ("sequential", "parallel")
     require(possible, f"--sp {c.sp} needs --variant sequential or parallel")
     possible = c.trainable == "all" or c.variant != "full"
     require(possible, "--variant full has no temporal weights: use --trainable all")
+    possible = c.trainable == "all" or c.init or sample.newest_checkpoint(c.out)
+    require(possible, "--trainable temporal needs --init: a new network's final layer is zero")
     if c.compile:
         cxx, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
         possible = shutil.which(cxx) and header.exists()
@@ -723,10 +733,11 @@ def open_data(config, distributed):
 def open_cache(path, config):
     """Return the LatentCache at `path`; UserError if it does not fit the config."""
     found = path and (Path(path) / "index.json").is_file()
-    require(found, f"--data {path} is not a latent cache: make one with data.py")
+    require(found, f"--data: expected a latent cache, made with data.py; found {path}")
     cache, model = data.LatentCache(path), MODELS[config.model]
     needed = {k: getattr(config, k) for k in ("frames", "size", "width", "stride")}
     needed |= {k: getattr(model, k) for k in ("caption_length", "caption_channels")}
+    needed["channels"] = model.in_channels
     found = {name: cache.settings[name] for name in needed}
     require(found == needed, f"the cache {path} has {found}, the run needs {needed}")
     return cache
@@ -771,8 +782,7 @@ def parse_command_line(argv=None):
         stored = json.loads((checkpoint / "state.json").read_text())["config"]
         default = replace(TrainConfig(**stored), out=out)
     options = dict(default=default, description=__doc__.split("\n\nShapes")[0])
-    options |= dict(console_outputs=os.environ.get("RANK", "0") == "0")
-    config = tyro.cli(TrainConfig, args=argv, **options)
+    config = tyro.cli(TrainConfig, args=argv, console_outputs=data.RANK == 0, **options)
     allowed = args.resume or not checkpoint
     require(allowed, f"{out} holds a run: continue it with --resume, or give another --out")
     return config

@@ -119,7 +119,7 @@ def training_steps(report, device):
             share = useful / sum(parts.values()) / cost_model.GPUS[gpu].peak
             cells = [f"{preset}, {c.micro_batch}", name, f"{row.get('seconds', 0):.3f}"]
             cells += [f"{row.get('tokens_per_second', 0):,.0f}", f"{rate:,.0f}"]
-            cells += [f"{row.get('share_of_peak', 0):.1%}", f"{share:.1%}"]
+            cells += [f"{row.get('mfu', 0):.1%}", f"{share:.1%}"]
             cells += [f"{row.get('peak_gb', 0):.1f}", f"{speed.preset_memory(preset, mode):.1f}"]
             report.write(f"| {' | '.join(cells)} |")
     report.write(f"\nPredictions are for the {gpu}; zeros: it did not fit into memory.")

@@ -433,9 +433,8 @@ def add_flops(row, maker, shape, clips, device):
         row["tflop"] = clips * flops_per_clip(maker(), shape) / 1e12
     row["tflop_per_second"] = row["tflop"] / row["seconds"]
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
-    for name, peak in PEAK.items():
-        if name in gpu:
-            row["share_of_peak"] = 1e12 * row["tflop_per_second"] / peak
+    if peak := next((peak for name, peak in PEAK.items() if name in gpu), None):
+        row["mfu"] = 1e12 * row["tflop_per_second"] / peak
 
 
 def sampling_seconds(model, shape, videos, steps, sampler, guidance, device):
@@ -515,7 +514,7 @@ def on_cpu(config, shape):
 
 
 MODES = ("none", "full", "selective")  # of activation checkpointing
-ON_CUDA = ["seconds", "tokens_per_second", "share_of_peak", "activation_gb", "peak_gb"]
+ON_CUDA = ["seconds", "tokens_per_second", "mfu", "activation_gb", "peak_gb"]
 
 
 def on_cuda(stages, device="cuda", repeats=5, steps=(20, 100)):

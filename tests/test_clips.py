@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
@@ -412,10 +411,11 @@ def test_two_processes_write_the_files_of_one(
     folder, encoders, tmp_path, processes, monkeypatch, capsys
 ):
     one, shares, two = (tmp_path / name for name in ("one", "shares", "two"))
-    monkeypatch.setattr(sys, "argv", ["data.py", str(folder), *map(str, VIEW), f"--out={one}"])
-    monkeypatch.setattr(data, "frame_rates", Counter())
+    encoder_options = ["--vae=assets/vae", "--t5=assets/t5", f"--out={one}"]
+    monkeypatch.setattr(sys, "argv", ["data.py", str(folder), *map(str, VIEW), *encoder_options])
+    monkeypatch.setattr(data, "frame_rates", [])
     data.main()
-    assert "10 videos of 24 frames a second\n" in capsys.readouterr().out
+    assert "10 videos read, of 24 frames a second\n" in capsys.readouterr().out
     clips = data.Clips(folder, 4, 1, 32, 48, seed=0)
     with pytest.raises(FileNotFoundError):  # rank 1 writes no index
         data.write_cache(clips, shares, *encoders, data.Distributed("cpu", rank=1, world_size=2))

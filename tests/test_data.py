@@ -1,11 +1,14 @@
 """Crops, lists of clips, captions, the latent cache, the toy and its detector."""
 
 import copy
+import errno
+import io
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +46,11 @@ def test_center_crop_and_resize_keeps_the_center_and_the_aspect_ratio(H, W, heig
     assert out.shape == (2, 3, height, width) and out.dtype == torch.uint8
     outside = distance(height, width) - min(H, W) / 4 / min(H / height, W / width)
     assert out[..., outside < -2].min() > 250 and out[..., outside > 2].max() < 5  # else blurred
+
+
+def test_a_crop_has_at_least_one_pixel():
+    line = torch.zeros(3, 1, 1000, dtype=torch.uint8)  # a quarter of a pixel has this aspect ratio
+    assert data.center_crop_and_resize(line, 64, 16).shape == (3, 64, 16)
 
 
 def test_resizing_averages_fine_patterns():
@@ -114,7 +122,21 @@ def test_folders_behind_links_are_listed_and_loops_are_not(tmp_path):
     (clips / "link").symlink_to(store), (clips / "c.mp4").symlink_to(tmp_path / "c.mp4")
     (store / "deep/loop").symlink_to(clips), (clips / "gone.mp4").symlink_to(tmp_path / "none")
     names = [str(path.relative_to(clips)) for path, _ in data.list_clips(clips)]
-    assert names == ["a.mp4", "c.mp4", "link/deep/b.mp4"]
+    assert names == ["a.mp4", "c.mp4", "gone.mp4", "link/deep/b.mp4"]  # gone: reported when read
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a/b").mkdir(parents=True)
+    scandir = os.scandir
+
+    def refuse(path):  # as for a user without the right to read it; root may read all
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(data.UserError, match="a/b cannot be listed: Permission denied"):
+        data.list_clips(tmp_path)
 
 
 def test_names_that_can_only_be_local_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
@@ -132,6 +154,15 @@ def test_the_import_is_light():
     heavy = "{'torchvision', 'diffusers', 'transformers', 'matplotlib', 'torch._dynamo'}"
     code = f"import sys, data; assert not {heavy} & {{*sys.modules}}, {heavy} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_print0_survives_the_end_of_a_pipe(monkeypatch):
+    class Gone(io.StringIO):  # standard output of `train.py | tee log` after Ctrl-C
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    data.print0("stopping after the current step")
 
 
 # ------------------------------------------------------------------------------------------- cache

@@ -355,7 +355,7 @@ def test_every_variant_begins_with_given_weights_and_its_own_scales(config, vari
     assert found.config == replace(model.config, space_scale=0.25, time_scale=1.5)
     assert all(torch.equal(v, found.state_dict()[n]) for n, v in model.state_dict().items())
     other = replace(config, variant="full" if variant != "full" else "latte", out=config.out + "2")
-    with pytest.raises(RuntimeError, match="Error.s. in loading state_dict for STDiT"):
+    with pytest.raises(UserError, match="init does not fit the network STDiTConfig.*blocks.0"):
         train.train(replace(other, init=str(tmp_path / "init")))
 
 
@@ -442,7 +442,9 @@ def test_bad_input_to_sample_gets_one_clear_line(finished, tmp_path, monkeypatch
         "": "nothing to generate: give --prompt",
         "--weights nowhere --prompt a": "nowhere not found; give a local folder, or a name",
         "--prompt a --steps 1": "steps=1: expected 2 to 1000",
-        "--prompt a --size 40": "frames=8 size=40 width=40: expected multiples of 1, 16, 16",
+        "--prompt a --size 40": "frames=8 size=40 width=40: expected positive multiples of 1, 16",
+        "--prompt a --frames 0": "frames=0 size=64 width=64: expected positive multiples of 1, 16",
+        "--prompt a --output-fps 0": "batch_size=8 output_fps=0: expected at least 1",
         "--prompt a --vae assets/t5": "assets/t5 has no vae that can be loaded",
     }
     command = ["sample.py", "--weights", finished, "--out", str(tmp_path / "out")]
@@ -458,7 +460,7 @@ def test_data_that_does_not_fit_the_run_is_refused(config):
         ({"frames": 4}, "has .*'frames': 8, .* the run needs .*'frames': 4"),
         ({"stride": 2}, "has .*'stride': 1, .* the run needs .*'stride': 2"),
         ({"model": "STDiT-XL/2"}, "has .*'caption_length': 16, .* needs .*'caption_length': 120"),
-        ({"data": "nowhere"}, "--data nowhere is not a latent cache"),
+        ({"data": "nowhere"}, "--data: expected a latent cache, made with data.py; found nowhere"),
     ):
         with pytest.raises(UserError, match=message):
             train.train(replace(config, **change))
@@ -485,7 +487,7 @@ def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy
         TOY, preset="toy", resume=True, out=config.out + "2"
     )  # there is none: it begins
     for change, message in (
-        ({"data": str(toy / "validation")}, r"with other options \(clips [0-9a-f]+\): resume with"),
+        ({"data": str(toy / "validation")}, r"with other options \(clips [0-9a-f]+, encoded [0-9a-f]+\): resume"),
         ({"variant": "parallel"}, r"with other options \(variant sequential\)"),
         ({"space_scale": 0.5}, r"options \(space_scale 0.125\): resume with the same"),
     ):
@@ -493,11 +495,28 @@ def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy
             train.train(replace(resumed, **change))
 
 
+def test_a_resumed_run_refuses_a_cache_that_has_gained_a_clip(config, encoders, tmp_path):
+    class Damaged(data.Toy):
+        def __getitem__(self, row):
+            return None if row == 3 else super().__getitem__(row)
+
+    path = tmp_path / "cache"
+    assert len(data.write_cache(Damaged("train", 24), path, *encoders)) == 23
+    config = replace(config, data=str(path), steps=2)
+    train.train(config)
+    assert len(data.write_cache(data.Toy("train", 24), path, *encoders)) == 24  # repaired
+    with pytest.raises(UserError, match=r"with other options \(encoded [0-9a-f]+\): resume"):
+        train.train(replace(config, steps=3))
+
+
 BAD = {  # options that do not fit each other
     "--variant full has no temporal weights": {"variant": "full", "trainable": "temporal"},
     "sp=3 must divide the 1 process": {"sp": 3},
     "--compile needs .*no-such-compiler.*--no-compile": {"compile": True},
     "the toy has --stride 1": {"data": "toy", "stride": 2},
+    "batch_size=0: expected a positive multiple of 1": {"batch_size": 0},
+    "steps=1: expected 2 to 1000": {"sample_steps": 1},
+    "--trainable temporal needs --init": {"trainable": "temporal"},
 }
 
 
@@ -529,16 +548,18 @@ def test_ranks_that_would_start_at_different_steps_stop(config, monkeypatch):
         train.train(config)
 
 
-def test_a_half_written_line_of_metrics_is_dropped(config):
+def test_a_half_written_line_of_metrics_is_dropped_and_the_last_evaluation_kept(config):
     train.train(replace(config, steps=3))
     metrics = Path(config.out, "metrics.jsonl")
     before = train.read_metrics(config.out)
+    validated = [m for m in before if "validation" in m]  # the last one at the end, step 3
     with open(metrics, "a") as file:
         file.write('{"step": 4, "lo')  # the process was killed here
     assert train.read_metrics(config.out) == before
     train.train(config)
-    steps = [m["step"] for m in map(json.loads, metrics.read_text().splitlines()) if "loss" in m]
-    assert steps == list(range(1, 9))
+    lines = list(map(json.loads, metrics.read_text().splitlines()))
+    assert [m["step"] for m in lines if "loss" in m] == list(range(1, 9))
+    assert [m for m in lines if "validation" in m][: len(validated)] == validated
 
 
 def test_samples_above_128_pixels_are_an_mp4(config, toy, monkeypatch):
@@ -575,7 +596,7 @@ def test_a_video_of_another_size_spans_the_same_positions(tmp_path):
 ERRORS = {
     "--batchsize 8": "--batch-size",
     "--preset tiy": "invalid choice: 'tiy'",
-    "--batch-size 10 --micro-batch 4": "error: batch_size=10: expected a multiple of 4 "
+    "--batch-size 10 --micro-batch 4": "error: batch_size=10: expected a positive multiple of 4 "
     "(processes / sp x micro_batch)\n",
 }
 

@@ -241,8 +241,9 @@ def test_load_model_refuses_other_folders(hub, tmp_path):
     STDiT(TOY).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file(load_file(file) | {"net.0": NULL}, file)
-    with pytest.raises(RuntimeError, match='Unexpected key.s. in state_dict: "net.0"'):
-        sample.load_model(tmp_path)
+    refused('does not fit the network STDiTConfig.*Unexpected key.s. in state_dict: "net.0"')
+    (tmp_path / "config.json").write_text('{"d_model": 64}')
+    refused(r"config.json is not that of an STDiT, it has .'d_model'.")
 
 
 def test_sampling_from_released_weights(hub, tmp_path, monkeypatch, capsys):
