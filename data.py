@@ -90,7 +90,7 @@ def refuse(error):
 
 def read_text(path):
     """The text of a UTF-8 file, with or without a byte order mark."""
-    content = path.read_bytes().replace(b"\0", b"\xff")  # NULs mean UTF-16: fail below
+    content = path.read_bytes().replace(b"\0", b"\xff")  # NULs, as in UTF-16, fail below
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -48,9 +48,9 @@ from stdit import STDiT, STDiTConfig
 
 
 class Schedule(NamedTuple):
-    """Tables over N steps of increasing noise: index 0 is the last step of sampling, to x_0 (t = 1
-    in the papers). They are float64; to(device) makes them fp32. alpha and sigma are DPM-Solver's;
-    DDPM's alpha_t is 1 - beta_t.
+    """Tables over N steps of increasing noise. Index 0, t = 1 in the papers, is the last step of
+    sampling. They are float64; to(device) makes them fp32. alpha and sigma are those of DPM-Solver;
+    DDPM writes alpha_t for 1 - beta_t.
     """
 
     timesteps: torch.Tensor  # [N]  timestep given to the network, 0 to 999
@@ -160,7 +160,7 @@ def diffusion_loss(schedule, out, x0, x_t, t, noise):
 
 def discretized_gaussian_log_likelihood(x, mean, log_std):
     """Return the log probability of a bin of width 2/255 around x; the outer bins extend to
-    infinity (DDPM, eq. 13). It suits pixels in [-1, 1] rather than latents, but v1 has it.
+    infinity (DDPM, eq. 13). It is made for pixels in [-1, 1], but v1 uses it for latents.
     """
     upper = torch.special.ndtr((x - mean + 1 / 255) * (-log_std).exp())  # CDF of the normal
     lower = torch.special.ndtr((x - mean - 1 / 255) * (-log_std).exp())
@@ -176,7 +176,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # for x / alpha as a function of sigma / alpha. DPM-Solver++ integrates it to second order,
 # extrapolating x_0 from its last two predictions.
 #
-# A step names the arguments that it uses, and returns x, one step closer to x_0:
+# A step takes those of these arguments that it uses, and returns x, one step closer to x_0:
 #     i        index into the schedule
 #     x        x_t [B, C, T, H, W]
 #     x0       the predicted x_0, not clipped, since latents have no bounds
@@ -205,18 +205,18 @@ def dpm_step(schedule, i, x, x0, x0_last, **_):
     order, like the first, which has no earlier prediction.
     """
     if x0_last is not None and i > 0:
-        lambdas = (schedule.alpha / schedule.sigma).log()  # [N]; i + 1 is the step before
+        lambdas = (schedule.alpha / schedule.sigma).log()  # [N]; i + 1: the noisier step before
         h = lambdas[i - 1] - lambdas[i]
         h_last = lambdas[i] - lambdas[i + 1]
         x0 = x0 + 0.5 * h / h_last * (x0 - x0_last)  # the paper's r is h_last / h
     sigma_ratio = schedule.sigma_prev[i] / schedule.sigma[i]
-    # the paper's form: sigma_ratio x + alpha_prev (1 - exp(-h)) x0
+    # sigma_ratio x + alpha_prev (1 - exp(-h)) x0; exp(-h) = sigma_ratio alpha / alpha_prev
     return sigma_ratio * x + (schedule.alpha_prev[i] - sigma_ratio * schedule.alpha[i]) * x0
 
 
 def dpm_schedule(steps):
-    """Return `steps` timesteps: steps + 1 evenly spaced from 0 to 999, without the 0, as in
-    diffusers, since near t = 0 lambda changes so fast that the extrapolation would overshoot.
+    """Return the schedule of `steps` timesteps: of steps + 1 evenly spaced ones from 0 to 999 the 0
+    is left out, as in diffusers: near it lambda changes so fast that extrapolation overshoots.
     """
     require(2 <= steps <= 999, f"steps={steps}: expected 2 to 999 with --sampler dpm")
     return schedule_from_timesteps(make_schedule(steps + 1).timesteps[1:])
@@ -281,7 +281,7 @@ def sample_latents(
 
     if guidance != 1:
         y = torch.cat([y, model.y_embedder.y_embedding.expand_as(y)])  # [2B, L, E]
-        null_mask = mask if v1_guidance else torch.ones_like(mask)  # as in train.drop_captions
+        null_mask = mask if v1_guidance else torch.ones_like(mask)  # nothing in it is padding
         mask = torch.cat([mask, null_mask])  # [2B, L]
     x = noise()
     x0_last = None
@@ -290,7 +290,6 @@ def sample_latents(
         t = schedule.timesteps[i]
         eps, var = predict_noise_and_variance(model, x, t, y, mask, g, v1_guidance)
         x0 = predict_x0(schedule, x, i, eps)
-        # each step takes what it names
         x = step(schedule, i, x=x, x0=x0, eps=eps, var=var, noise=noise, x0_last=x0_last)
         x0_last = x0
     return x
@@ -433,7 +432,7 @@ class SampleConfig:
     weights: str  # run of train.py, folder of tools/convert_weights.py, or Hub name
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text of a video; may be repeated
     out: str = "samples"  # folder to write
-    # None means as in training, unless a comment says otherwise
+    # None: as in training
     frames: int | None = None  # frames of a video, 1 for an image
     size: int | None = None  # height in pixels
     width: int | None = None  # in pixels; None: as in training, or the height if --size is set
@@ -455,7 +454,7 @@ class SampleConfig:
 
 def resolve(config):
     """Replace the fields that are None by the settings of the weights. As in train.derive, the
-    spatial scale grows with the side of a frame, the root of its area.
+    spatial scale grows with sqrt(size * width).
     """
     folder = find_weights(config.weights)
     network = read_config(folder)

@@ -1,8 +1,8 @@
 """STDiT, the spatial-temporal diffusion transformer of Open-Sora v1: the network alone.
 
 Input: noisy video latents, timesteps, T5 embeddings of captions. Output: twice the channels of the
-latents, first the predicted noise, then `var`, from which sample.log_variance makes the variance of
-the reverse step (IDDPM, not v-prediction). Parameters have the names of the released weights.
+latents, first the predicted noise, then `var`, which interpolates the log variance of the reverse
+step (IDDPM, see sample.log_variance). Parameters have the names of the released weights.
 "v1" means Open-Sora v1, "the report" docs/report_01.md in https://github.com/hpcaitech/Open-Sora.
 
 Shapes in this file:
@@ -125,9 +125,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of a video to those of its caption. For
-    speed alone each frame is a sequence of its own, with its copy of k and v: the backward pass of
-    fused attention runs in parallel over sequences and heads, but not over queries.
+    """Multi-head attention from the tokens of a video to those of its caption. Each frame is a
+    sequence of its own, with a copy of k and v: the result is that of one sequence per video, and
+    the backward pass is faster, as fused attention runs in parallel over sequences, not queries.
     """
 
     def __init__(self, dim, heads):
@@ -226,8 +226,8 @@ class ParallelBlock(STDiTBlock):
 
 def add_position(x, pos):
     """Add the temporal position to the tokens themselves, as full and latte do. A single frame
-    gets none, as in an image model: the embedding of index 0 is not zero, its cosines are 1. (The
-    other designs give it to temporal attention, which in an image model has zeros as proj.)
+    gets none, so that it is treated as by the image model: the embedding of index 0 is not zero,
+    its cosines are 1. (The other designs need no exception, as temporal attention's proj is zero.)
     """
     return x if pos is None or x.shape[1] == 1 else x + pos
 
@@ -250,7 +250,8 @@ class FullBlock(STDiTBlock):
 
 class LatteBlock(STDiTBlock):
     """A PixArt block for space, then one for time with its own table and MLP and no cross-attention
-    (Latte, arXiv 2401.03048), which is not zero at first: it does not start as an image model.
+    (Latte, arXiv 2401.03048). The second is random at first, so the model does not start as an
+    image model.
     """
 
     def __init__(self, config):
@@ -326,7 +327,9 @@ class CaptionEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, T, h*w, D] to [B, 2C, T*pt, h*ph, w*pw]. t_emb [B, D], not mod, as in v1."""
+    """Tokens [B, T, h*w, D] to [B, 2C, T*pt, h*ph, w*pw]. Shift and scale come from t_emb [B, D]
+    itself, not from t_block.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -356,8 +359,8 @@ def autocast(device):
 
 
 class STDiT(nn.Module, PyTorchModelHubMixin):
-    """STDiT-XL/2 has 760M parameters, 611M of them from PixArt-alpha. save_pretrained, of the Hub's
-    mixin, writes config.json, the argument `config`, and model.safetensors (sample.load_model).
+    """STDiT-XL/2 has 760M parameters, 611M of them from PixArt-alpha. The Hub's mixin provides
+    save_pretrained, which writes `config` to config.json and the weights to model.safetensors.
     """
 
     def __init__(self, config: STDiTConfig):
@@ -383,9 +386,9 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
         for linear in (t_mlp[0], t_mlp[2], y_proj.fc1, y_proj.fc2):
             std = self.config.embedder_std or linear.in_features**-0.5
             nn.init.normal_(linear.weight, std=std)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        for block in self.blocks:
-            nn.init.zeros_(block.cross_attn.proj.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)  # a new model outputs zero, as in DiT
+        for block in self.blocks:  # branches that are zero change nothing at first
+            nn.init.zeros_(block.cross_attn.proj.weight)  # as in PixArt-alpha
             if self.config.variant in ("sequential", "parallel"):
                 nn.init.zeros_(block.attn_temp.proj.weight)
 
@@ -417,12 +420,12 @@ class STDiT(nn.Module, PyTorchModelHubMixin):
 
 
 def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mesh=None):
-    """Prepare a model for training at scale, in place; train.create_model copies it for EMA before.
+    """Prepare a model for training at scale, in place, after the copy for EMA has been made.
 
     activation_checkpointing: what a block keeps for the backward pass. "none": everything. "full":
     its inputs, and the block is computed again. "selective": also the outputs of matrix products,
     attention and communication; only norms and elementwise operations are computed again.
-    compile: torch.compile, block by block; all blocks share two graphs, with and without pos.
+    compile: torch.compile, block by block; block 0 has a graph with pos, the others share one.
     sp_mesh: DeviceMesh for shard_frames.
     """
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -439,7 +442,7 @@ def set_up_scaling(model, activation_checkpointing="none", compile=False, sp_mes
         if activation_checkpointing != "none":
             # torch 2.14.1 compiles nothing, without a warning, if forward is a functools.partial,
             # so it is a nested function. A compiled block cannot be checkpointed: that raises.
-            def forward(*inputs, compute=block.forward):
+            def forward(*inputs, compute=block.forward):  # the default binds this block's forward
                 return checkpoint(compute, *inputs, **options)
 
             block.forward = forward

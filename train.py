@@ -80,7 +80,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # maximum norm of the gradient
     ema_decay: float = 0.9999  # exponential moving average of the weights
     drop_caption: float = 0.1  # fraction of captions replaced by the null caption, for guidance
-    t_std: float | None = None  # timesteps are 1000 sigmoid(t_mean + t_std * normal); None: uniform
+    t_std: float | None = None  # logit-normal t: 1000 sigmoid(t_mean + t_std normal); None: uniform
     t_mean: float = 0.0  # see t_std
     min_snr: float | None = None  # loss weights min(1, min_snr / SNR); None: all 1
     seed: int = 0  # random seed
@@ -89,7 +89,7 @@ class TrainConfig:
     sp: int = 1  # processes that share each video (sequence parallelism)
     activation_checkpointing: Literal["none", "selective", "full"] = "full"  # see set_up_scaling
     compile: bool = True  # torch.compile the blocks
-    # output; an interval of 0: only at the end of the run
+    # output; an interval of 0 means at the end only
     log_every: int = 10  # steps between lines of metrics.jsonl; losses are those of one step
     eval_every: int = 500  # steps between validation losses
     sample_every: int = 1500  # steps between sample videos, always of the same captions and noise
@@ -295,7 +295,7 @@ def train_step(run):
         update_ema(c, run.step, run.ema, run.model)
     else:
         print0(f"step {run.step + 1}: skipped, its gradient norm is {grad_norm}")
-    run.optimizer.zero_grad(set_to_none=False)  # in place: they are views of DDP's buckets
+    run.optimizer.zero_grad(set_to_none=False)  # in place: gradients are views of DDP's buckets
     return losses, grad_norm
 
 
@@ -501,9 +501,9 @@ def write_samples(run):
 
 
 def sample_rows(config, validation, last):
-    """Which validation captions to generate videos for, as rows of the cache: the first
-    num_samples; on the toy, where row i has caption i, all, unseen ones first, and after the last
-    step 2 videos per seen caption and 8 per unseen one.
+    """Return the rows of the validation captions to generate videos for: the first num_samples. On
+    the toy, where row i has caption i, these are all, unseen ones first, and after the last step 2
+    videos per seen caption and 8 per unseen one.
     """
     if config.data != "toy":
         return validation.rows[: config.num_samples]

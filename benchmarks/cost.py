@@ -2,6 +2,7 @@
 
     python benchmarks/cost.py              # CPU: 15 minutes; writes cost.json and cost.png
     python benchmarks/cost.py --quick      # narrow and small, a minute; writes nothing
+    python benchmarks/cost.py --large      # full and sequential at 64x512x512 alone; writes nothing
 
 One block of STDiT-XL/2's width (of `latte` and of diffusers' Latte a pair of blocks) with embedders
 and final layer: parameters, FLOPs of forward and backward, what the forward pass keeps for the
@@ -44,12 +45,12 @@ def maker(name, config, shape):
     return partial(Latte, config, shape)
 
 
-def measure(config, frames, size, device):
+def measure(config, frames, size, device, names=tuple(COLORS)):
     """Returns {design: figures} at one shape."""
     torch.manual_seed(0)
     shape = latents(frames, size)
     tokens = frames * size**2 // 256
-    makers = {name: maker(name, config, shape) for name in COLORS}
+    makers = {name: maker(name, config, shape) for name in names}
     repeats = 5 if tokens < 1500 else 3 if tokens < 5000 or device == "cuda" else 1
     figures = compare(makers, config, shape, 1, device, repeats)
     for name, make_model in makers.items():
@@ -119,16 +120,21 @@ def plot(results, path):
 @dataclass(frozen=True)
 class CostConfig:
     quick: bool = False  # narrow and small, a minute; writes nothing
+    large: bool = False  # full and sequential at 64x512x512 alone; writes nothing
 
 
 def main():
-    quick = tyro.cli(CostConfig, description=__doc__).quick
+    c = tyro.cli(CostConfig, description=__doc__)
+    quick = c.quick
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = replace(MODELS["STDiT-XL/2"], depth=1, hidden_size=128 if quick else 1152)
     frames = (4, 8, 16) if quick else FRAMES
     sizes = (128, 256) if quick else SIZES
     results = about("python benchmarks/cost.py", device) | {"frames": {}, "sizes": {}}
     columns = ["parameters", "tflop", "activation_gb", "seconds", "tokens_per_second"]
+    if c.large:
+        figures = measure(config, 64, 512, device, ("sequential", "full"))
+        return table("64 frames of 512x512", figures, columns)
     shapes = [("frames", n, FRAME_SIZE) for n in frames]
     for key, T, size in shapes + [("sizes", SIZE_FRAMES, n) for n in sizes]:
         with get_context("spawn").Pool(1) as fresh:  # else allocators keep what was freed

@@ -487,7 +487,10 @@ def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy
         TOY, preset="toy", resume=True, out=config.out + "2"
     )  # there is none: it begins
     for change, message in (
-        ({"data": str(toy / "validation")}, r"with other options \(clips [0-9a-f]+, encoded [0-9a-f]+\): resume"),
+        (
+            {"data": str(toy / "validation")},
+            r"with other options \(clips [0-9a-f]+, encoded [0-9a-f]+\): resume",
+        ),
         ({"variant": "parallel"}, r"with other options \(variant sequential\)"),
         ({"space_scale": 0.5}, r"options \(space_scale 0.125\): resume with the same"),
     ):
