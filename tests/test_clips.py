@@ -17,6 +17,7 @@ import data
 
 sys.path.insert(0, str(ROOT / "tools"))
 import caption  # noqa: E402
+import clip_score  # noqa: E402
 
 
 def encode(path, frames, codec="libx264", pix_fmt="yuv420p", pts=None, color=(), **options):
@@ -488,3 +489,46 @@ def test_captions_are_those_of_transformers_llava_for_three_frames(llava, tmp_pa
     config = replace(config, overwrite=True, batch_size=1)
     assert caption.write_captions(config) == 3  # one by one
     assert [text for _, text in data.list_clips(table)] == [*map(data.clean_caption, expected), ""]
+
+
+def test_the_clip_score_is_that_of_transformers_clip(tmp_path, monkeypatch, capsys):
+    import tokenizers as tk
+    import transformers as tf
+
+    words = ["<end>", "<unk>", "a", "red", "blue", "circle"]
+    vocabulary = tk.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    tokenizer = tk.Tokenizer(vocabulary)
+    tokenizer.pre_tokenizer = tk.pre_tokenizers.WhitespaceSplit()
+    end = {"special_tokens": [("<end>", 0)]}  # its embedding is that of the caption
+    tokenizer.post_processor = tk.processors.TemplateProcessing("$A <end>", **end)
+    special = {"pad_token": "<end>", "eos_token": "<end>", "unk_token": "<unk>"}
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    images = tf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28)
+    processor = tf.CLIPProcessor(images, tokenizer)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size["num_attention_heads"] = 2
+    text = {"vocab_size": 6, "eos_token_id": 0, "bos_token_id": 1, "max_position_embeddings": 8}
+    vision = {"image_size": 28, "patch_size": 14} | size
+    torch.manual_seed(0)
+    model = tf.CLIPModel(tf.CLIPConfig(text_config=text | size, vision_config=vision)).eval()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "clip")
+
+    expected, _ = [], (tmp_path / "clips").mkdir()
+    for name, words in (("a", "a red circle"), ("b", "a blue circle")):
+        blocks = torch.rand(15, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 255
+        frames = blocks.byte().repeat_interleave(16, 2).repeat_interleave(16, 3)
+        frames = decode_all(encode(tmp_path / f"clips/{name}.mp4", frames))[::2]  # 8 of 15
+        (tmp_path / f"clips/{name}.txt").write_text(words)
+        out = model(**processor(text=words, images=list(frames), return_tensors="pt"))
+        expected.append(100 * (out.logits_per_image / model.logit_scale.exp()).mean().item())
+    assert abs(expected[0] - expected[1]) > 0.1
+    (tmp_path / "clips/c.mp4").touch()
+    (tmp_path / "clips/c.txt").write_text("a circle")
+    argv = ["clip_score.py", str(tmp_path / "clips"), "--clip", str(tmp_path / "clip")]
+    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu"])
+    clip_score.main()
+    printed = capsys.readouterr()
+    found = [float(line.split()[0]) for line in printed.out.splitlines()]
+    assert found == pytest.approx([*expected, sum(expected) / 2], abs=0.01)  # two decimals
+    assert f"skipped {tmp_path / 'clips/c.mp4'}" in printed.err
