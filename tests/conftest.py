@@ -11,16 +11,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
-# One thread, here and in processes that tests start: at these sizes threads mostly wait for each
-# other. pytest -n 2 uses two cores.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 
 import data  # noqa: E402
 
 
 def pytest_configure(config):
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
+    # One thread, here and in processes that tests start: at these sizes threads mostly wait for
+    # each other. pytest -n 2 uses two cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "slow: minutes; run them with: python -m pytest -m slow")
     quick = (
         "quick: network and diffusion process, while changing a block: python -m pytest -m quick"
