@@ -1,6 +1,6 @@
 """The report's comparison of four designs (A4) on the toy: which learns best, at what cost?
 
-    python benchmarks/designs.py           # 4 designs x 2 seeds: 50 minutes, 2 cores; resumes
+    python benchmarks/designs.py           # 4 designs x 3 seeds: 75 minutes, 2 cores; resumes
     python benchmarks/designs.py --quick   # the same path in a minute, in out/designs-quick
 
 Each design is trained by train.train with the preset `toy`, for fewer steps, after which a part of
@@ -43,7 +43,7 @@ from sample import newest_checkpoint
 from stdit import STDiT
 from train import PRESETS, TrainConfig, derive, model_config, read_metrics, toy_caches
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 SETTING = dict(steps=1500, eval_every=250, sample_every=500, save_every=500, keep_checkpoints=1)
 QUICK = dict(steps=6, eval_every=3, sample_every=6, save_every=6, keep_checkpoints=1)
 QUICK |= dict(sample_steps=2, toy_clips=84, warmup=1)
