@@ -65,6 +65,7 @@ def list_clips(source):
         texts = {path: path.with_suffix(".txt") for path in list_files(source)}
         rows = [(path, read_text(t) if t.is_file() else "") for path, t in texts.items()]
     else:
+        require(source.suffix == ".csv", f"{source} is no CSV; give a folder of clips, or a CSV")
         rows = [(source.parent / row["path"], row["text"]) for row in read_table(source)]
     require(rows, f"{source} lists no clips")
     return [(path, clean_caption(text)) for path, text in rows]
@@ -464,8 +465,7 @@ class VAE:
         t, h, w = patch_size[0], patch_size[1] * self.factor, patch_size[2] * self.factor
         fits = frames % t == 0 and size % h == 0 and width % w == 0
         found = f"frames={frames} size={size} width={width}"
-        positive = min(frames, size, width) > 0
-        require(fits and positive, f"{found}: expected positive multiples of {t}, {h}, {w}")
+        require(fits, f"{found}: expected multiples of {t}, {h}, {w}")
 
 
 def to_uint8(video):
@@ -492,6 +492,10 @@ class T5:
     def encode(self, captions):
         """Embeddings [B, L, E], 0 at padding, and mask [B, L], True at tokens; L is the maximum."""
         options = {"max_length": self.length, "padding": "max_length", "truncation": True}
+        for caption, ids in zip(captions, self.tokenizer(list(captions))["input_ids"]):
+            if len(ids) > self.length:
+                cut = f"cut from {len(ids)} to {self.length} tokens"
+                print(f"warning: {cut}: {caption[:60]}...", file=sys.stderr, flush=True)
         batch = self.tokenizer(list(captions), return_tensors="pt", **options).to(self.device)
         ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, L] each
         y = [self.model(*part).last_hidden_state for part in zip(ids.split(32), mask.split(32))]
@@ -552,6 +556,8 @@ def write_cache(clips, out, vae, t5, distributed=None):
     if d.rank == 0:  # the index is written last: with it the cache is complete
         made = [row for row, file in enumerate(files) if file.exists()]
         print0(f"{out}: {len(made)} of {len(clips)} clips")
+        if not made:
+            path.unlink()  # other settings may do
         require(made, f"none of {len(clips)} clips is readable, see the warnings")
         encoded = hashlib.sha256(repr([(r, stamps[r]) for r in made]).encode()).hexdigest()[:12]
         index = {"settings": settings | {"encoded": encoded}, "encoders": [vae.source, t5.source]}
@@ -574,9 +580,12 @@ def is_encoded(file, stamp):
     """Whether a file of a cache was made from a clip's file as it is now."""
     if not file.exists():
         return False
-    with safe_open(file, "pt") as tensors:
-        # If the clip's file is gone, the cached one is valid.
-        return stamp is None or (tensors.metadata() or {}).get("stamp") == stamp
+    try:
+        with safe_open(file, "pt") as tensors:
+            # If the clip's file is gone, the cached one is valid.
+            return stamp is None or (tensors.metadata() or {}).get("stamp") == stamp
+    except SafetensorError:  # damaged, as by a full disk
+        return False
 
 
 class LatentCache:
@@ -598,7 +607,11 @@ class LatentCache:
         return len(self.files)
 
     def __getitem__(self, i):
-        tensors, length = load_file(self.files[i]), self.settings["caption_length"]
+        try:
+            tensors = load_file(self.files[i])
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.files[i]} is damaged ({error}): run data.py again") from None
+        length = self.settings["caption_length"]
         y = tensors["y"].float()  # [tokens, E]
         mask = torch.arange(length) < len(y)
         return tensors["latents"].float(), pad(y, (0, 0, 0, length - len(y))), mask
@@ -774,6 +787,8 @@ class CacheConfig:
 
 def main():
     c = tyro.cli(CacheConfig, description=__doc__.split("\n\nClips and Toy")[0])
+    require_range(c, 1, 100_000, "frames", "stride", "size", "caption_length")
+    require_folder(c.out)
     d, width = init_distributed(c.device), c.width or c.size
     clips = Clips(c.source, c.frames, c.stride, c.size, width, c.seed)
     vae = VAE(c.vae, d.device)
@@ -805,6 +820,19 @@ class UserError(Exception):
 def require(ok, message):
     if not ok:
         raise UserError(message)
+
+
+def require_range(config, low, high, *names):
+    """UserError unless these options are None or from low to high (a NaN is not)."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or low <= value <= high, f"{name}={value}: expected {low} to {high}")
+
+
+def require_folder(path):
+    """UserError if a file is in the place of a folder to write, or of one above it."""
+    file = next((p for p in (Path(path), *Path(path).parents) if p.is_file()), None)
+    require(file is None, f"--out {path}: {file} is a file, expected a folder")
 
 
 def run_command(main):
@@ -869,6 +897,7 @@ def init_distributed(device="auto"):
     if device == "cuda":
         gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0)) + 1
         require(gpus >= needed, f"--device cuda: found {gpus} GPUs, expected {needed}")
+    require(device != "mps" or torch.backends.mps.is_available(), "--device mps: found no such GPU")
     if world_size == 1:
         return Distributed(device)
     backend, device_id = "gloo", None

@@ -376,9 +376,12 @@ def write_sheet(path, videos, captions):
 # checkpoint of train.py is one, with the EMA weights; tools/convert_weights.py makes others.
 
 
+STEP = "step_" + 8 * "[0-9]"  # pattern of the names of checkpoints
+
+
 def newest_checkpoint(run):
     """Return the newest checkpoint folder of a run of train.py, or None."""
-    return max(Path(run).glob("checkpoints/step_*"), default=None)
+    return max(Path(run).glob(f"checkpoints/{STEP}"), default=None)
 
 
 def find_weights(source):
@@ -493,8 +496,10 @@ def main():
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
     SAMPLERS[c.sampler][0](c.steps)  # a wrong number of steps fails before anything is loaded
     c = resolve(c)
-    found = f"batch_size={c.batch_size} output_fps={c.output_fps}"
-    require(min(c.batch_size, c.output_fps) > 0, f"{found}: expected at least 1")
+    data.require_range(c, 1, 100_000, "frames", "size", "width", "batch_size", "output_fps")
+    data.require_range(c, 1e-6, 1e6, "space_scale", "time_scale")
+    data.require_range(c, -1e6, 1e6, "guidance")
+    data.require_folder(c.out)
     device, _, world_size = data.init_distributed(c.device)
     require(world_size == 1, "sample.py runs on one device: start it without torchrun")
     model = load_model(c.weights, space_scale=c.space_scale, time_scale=c.time_scale)

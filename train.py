@@ -589,7 +589,7 @@ def save_checkpoint(run):
         torch.save(training, tmp / "training.pt")
         data.write_json(tmp / "state.json", state)
         os.replace(tmp, folder)
-        for old in sorted(folder.parent.glob("step_*"))[: -c.keep_checkpoints]:  # 0: keeps all
+        for old in sorted(folder.parent.glob(sample.STEP))[: -c.keep_checkpoints]:  # 0: keeps all
             shutil.rmtree(old, ignore_errors=True)  # fails on NFS while sample.py reads it
     data.barrier()
 
@@ -619,8 +619,10 @@ def load_checkpoint(folder, config, model, ema, optimizer, data_settings):
 
 def start_run(config, distributed):
     """Open the data, create or load the model, and set up several processes."""
+    check_ranges(config)
     c, d = derive(config), distributed
     check_options(c, d)
+    data.require_folder(c.out)
     training, validation = open_data(c, d)
     model, ema, optimizer, step = create_model(c, d.device, training.cache.settings)
     steps = data.all_gather(step)
@@ -650,7 +652,7 @@ def start_run(config, distributed):
     if d.world_size > 1:
         # Blocks are compiled one by one, so DDP need not split graphs to reduce gradients early.
         torch._dynamo.config.optimize_ddp = False
-        options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+        options = dict(gradient_as_bucket_view=True, forward_sync_buffers=False)
         ddp_model = DistributedDataParallel(model, **options)
     indices = indices_from(step, c.batch_size, B, d.rank // c.sp, dp_size)
     return Run(
@@ -670,14 +672,25 @@ def start_run(config, distributed):
     )
 
 
+def check_ranges(config):
+    """Raise UserError for an option out of its range."""
+    sizes = ("frames", "size", "width", "stride", "toy_clips", "batch_size", "micro_batch", "sp")
+    data.require_range(config, 1, 10**9, *sizes, "output_fps")
+    every = ("log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints")
+    data.require_range(config, 0, 10**9, *every, "steps", "warmup", "num_samples", "guidance_min_t")
+    data.require_range(config, 0, 1e6, "lr", "weight_decay", "t_std")
+    data.require_range(config, 1e-6, 1e6, "grad_clip", "min_snr", "space_scale", "time_scale")
+    data.require_range(config, 0, 1, "drop_caption", "ema_decay", "beta2")
+    data.require_range(config, -1e6, 1e6, "t_mean", "guidance")
+
+
 def check_options(config, distributed):
     """Raise UserError for options that do not fit each other, before anything is made."""
     c, n = config, distributed.world_size
-    require(c.sp >= 1 and n % c.sp == 0, f"sp={c.sp} must divide the {n} process(es)")
+    require(n % c.sp == 0, f"sp={c.sp} must divide the {n} process(es)")
     unit = n // c.sp * (c.micro_batch or 1)
-    expected = f"expected a positive multiple of {unit} (processes / sp x micro_batch)"
-    possible = c.batch_size > 0 and c.batch_size % unit == 0
-    require(possible, f"batch_size={c.batch_size}: {expected}")
+    expected = f"expected a multiple of {unit} (processes / sp x micro_batch)"
+    require(c.batch_size % unit == 0, f"batch_size={c.batch_size}: {expected}")
     sample.make_schedule(c.sample_steps)  # UserError
     pt, ph, pw = MODELS[c.model].patch_size
     T, S = c.frames // pt, (c.size // 8 // ph) * (c.width // 8 // pw)
@@ -702,7 +715,7 @@ def create_model(config, device, data_settings):
     torch.manual_seed(config.seed)
     c, stdit_config = config, model_config(config)
     checkpoint = sample.newest_checkpoint(c.out)
-    if c.init and not checkpoint:
+    if c.init is not None and not checkpoint:
         model = sample.load_model(c.init, **vars(stdit_config)).train()  # with this run's config
     else:
         model = STDiT(stdit_config)
@@ -783,6 +796,8 @@ def parse_command_line(argv=None):
         default = replace(TrainConfig(**stored), out=out)
     options = dict(default=default, description=__doc__.split("\n\nShapes")[0])
     config = tyro.cli(TrainConfig, args=argv, console_outputs=data.RANK == 0, **options)
+    if args.resume and not checkpoint:
+        print0(f"{out} has no checkpoint to resume: a new run starts")
     allowed = args.resume or not checkpoint
     require(allowed, f"{out} holds a run: continue it with --resume, or give another --out")
     return config

@@ -189,9 +189,10 @@ def test_an_interrupted_cache_continues_and_equals_an_uninterrupted_one(toy, enc
     for name in ("index.json", "000003.safetensors", "000017.safetensors"):
         (cache / name).unlink()
     (cache / ".0.000003.safetensors").write_bytes(b"half")  # of a process that was killed
-    kept = {path: path.stat().st_mtime_ns for path in cache.glob("0*")}
+    os.truncate(cache / "000005.safetensors", 100)  # by a full disk
+    kept = {path: path.stat().st_mtime_ns for path in cache.glob("0*") if path.name[5] != "5"}
     assert len(data.write_cache(data.Toy("train", 24), cache, *encoders)) == 24
-    assert len(kept) == 22 and all(path.stat().st_mtime_ns == kept[path] for path in kept)
+    assert len(kept) == 20 and all(path.stat().st_mtime_ns == kept[path] for path in kept)
     for path in (toy / "train").iterdir():
         assert path.read_bytes() == (cache / path.name).read_bytes(), path.name
 
@@ -207,6 +208,29 @@ def test_a_cache_of_other_settings_is_refused(change, toy, encoders):
     clips = data.Toy("train", 48 if change == "clips" else 24, 4 if change == "frames" else 8)
     with pytest.raises(data.UserError, match=f"train was made with other {change}: .* --out"):
         data.write_cache(clips, toy / "train", vae, t5)
+
+
+def test_a_damaged_cache_is_refused_and_one_without_clips_leaves_no_settings(
+    toy, encoders, tmp_path
+):
+    cache = data.LatentCache(shutil.copytree(toy / "train", tmp_path / "cache"))
+    os.truncate(cache.files[5], 100)
+    with pytest.raises(data.UserError, match="000005.* is damaged .*: run data.py again"):
+        cache[5]
+
+    class Unreadable(data.Toy):
+        def __getitem__(self, row):
+            return None
+
+    with pytest.raises(data.UserError, match="none of 2 clips is readable"):
+        data.write_cache(Unreadable("train", 2), tmp_path / "none", *encoders)
+    assert len(data.write_cache(data.Toy("train", 3, 1), tmp_path / "none", *encoders)) == 3
+
+
+def test_a_caption_that_is_cut_is_reported(encoders, capsys):
+    encoders[1].encode(["a red circle", "a blue square " * 9])
+    warning = "warning: cut from 28 to 16 tokens: a blue square a blue"
+    assert capsys.readouterr().err.startswith(warning)
 
 
 def test_clips_are_read_while_others_are_encoded(encoders, tmp_path, monkeypatch):

@@ -442,9 +442,11 @@ def test_bad_input_to_sample_gets_one_clear_line(finished, tmp_path, monkeypatch
         "": "nothing to generate: give --prompt",
         "--weights nowhere --prompt a": "nowhere not found; give a local folder, or a name",
         "--prompt a --steps 1": "steps=1: expected 2 to 1000",
-        "--prompt a --size 40": "frames=8 size=40 width=40: expected positive multiples of 1, 16",
-        "--prompt a --frames 0": "frames=0 size=64 width=64: expected positive multiples of 1, 16",
-        "--prompt a --output-fps 0": "batch_size=8 output_fps=0: expected at least 1",
+        "--prompt a --size 40": "frames=8 size=40 width=40: expected multiples of 1, 16, 16",
+        "--prompt a --frames 0": "frames=0: expected 1 to ",
+        "--prompt a --output-fps 0": "output_fps=0: expected 1 to ",
+        "--prompt a --space-scale 0": "space_scale=0.0: expected 1e-06 to ",
+        "--prompt a --guidance nan": "guidance=nan: expected ",
         "--prompt a --vae assets/t5": "assets/t5 has no vae that can be loaded",
     }
     command = ["sample.py", "--weights", finished, "--out", str(tmp_path / "out")]
@@ -498,6 +500,22 @@ def test_options_override_the_preset_and_a_resumed_run_keeps_its_own(config, toy
             train.train(replace(resumed, **change))
 
 
+def test_a_copied_checkpoint_is_neither_resumed_nor_deleted(config):
+    config = replace(config, steps=2, save_every=1, keep_checkpoints=1)
+    train.train(config)
+    folder = Path(config.out, "checkpoints")
+    shutil.copytree(folder / "step_00000002", folder / "step_best")
+    train.train(replace(config, steps=4))
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000004", "step_best"]
+    assert sample.newest_checkpoint(config.out).name == "step_00000004"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_once(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out .*/file/run: .*/file is a file, expected a folder"):
+        train.train(replace(config, out=str(tmp_path / "file/run")))
+
+
 def test_a_resumed_run_refuses_a_cache_that_has_gained_a_clip(config, encoders, tmp_path):
     class Damaged(data.Toy):
         def __getitem__(self, row):
@@ -517,7 +535,13 @@ BAD = {  # options that do not fit each other
     "sp=3 must divide the 1 process": {"sp": 3},
     "--compile needs .*no-such-compiler.*--no-compile": {"compile": True},
     "the toy has --stride 1": {"data": "toy", "stride": 2},
-    "batch_size=0: expected a positive multiple of 1": {"batch_size": 0},
+    "batch_size=0: expected 1 to ": {"batch_size": 0},
+    "keep_checkpoints=-1: expected 0 to ": {"keep_checkpoints": -1},
+    "micro_batch=-4: expected 1 to ": {"micro_batch": -4},
+    "grad_clip=0: expected 1e-06 to ": {"grad_clip": 0},
+    "lr=nan: expected 0 to ": {"lr": math.nan},
+    "drop_caption=5: expected 0 to 1": {"drop_caption": 5},
+    "width=0: expected 1 to ": {"width": 0},
     "steps=1: expected 2 to 1000": {"sample_steps": 1},
     "--trainable temporal needs --init": {"trainable": "temporal"},
 }
@@ -599,7 +623,7 @@ def test_a_video_of_another_size_spans_the_same_positions(tmp_path):
 ERRORS = {
     "--batchsize 8": "--batch-size",
     "--preset tiy": "invalid choice: 'tiy'",
-    "--batch-size 10 --micro-batch 4": "error: batch_size=10: expected a positive multiple of 4 "
+    "--batch-size 10 --micro-batch 4": "error: batch_size=10: expected a multiple of 4 "
     "(processes / sp x micro_batch)\n",
 }
 
