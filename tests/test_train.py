@@ -457,10 +457,12 @@ def test_bad_input_to_sample_gets_one_clear_line(finished, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_data_that_does_not_fit_the_run_is_refused(config):
+def test_data_that_does_not_fit_the_run_is_refused(config, monkeypatch):
+    monkeypatch.setitem(train.MODELS, "16", replace(train.MODELS["toy"], in_channels=16))
     for change, message in (
         ({"frames": 4}, "has .*'frames': 8, .* the run needs .*'frames': 4"),
         ({"stride": 2}, "has .*'stride': 1, .* the run needs .*'stride': 2"),
+        ({"model": "16"}, "has .*'channels': 4}, the run needs .*'channels': 16"),
         ({"model": "STDiT-XL/2"}, "has .*'caption_length': 16, .* needs .*'caption_length': 120"),
         ({"data": "nowhere"}, "--data: expected a latent cache, made with data.py; found nowhere"),
     ):
