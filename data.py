@@ -1,6 +1,6 @@
 """From video files to tensors: clips, captions, frozen encoders, latent cache, and the toy data.
 
-    python data.py SOURCE --out DIR       encode all clips and captions once, into a latent cache
+    python data.py SOURCE --out DIR --vae VAE --t5 T5       encode all clips once, into a cache
 
 A SOURCE is a folder of videos (with --frames 1 also images), each with its caption in a .txt of
 the same name, or a CSV with the header "path,text" (paths relative to its folder). The frozen VAE
@@ -65,7 +65,7 @@ def list_clips(source):
         texts = {path: path.with_suffix(".txt") for path in list_files(source)}
         rows = [(path, read_text(t) if t.is_file() else "") for path, t in texts.items()]
     else:
-        require(source.suffix == ".csv", f"{source} is no CSV; give a folder of clips, or a CSV")
+        require(source.suffix == ".csv", f"{source} is not a CSV; give a folder of clips, or a CSV")
         rows = [(source.parent / row["path"], row["text"]) for row in read_table(source)]
     require(rows, f"{source} lists no clips")
     return [(path, clean_caption(text)) for path, text in rows]
@@ -81,8 +81,7 @@ def list_files(folder):
         entered.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(parent, name) for name in names if not name.startswith(".")]
-    files = [p for p in files if p.suffix.lower() not in NOT_CLIPS]
-    return sorted(p for p in files if p.is_file() or not p.exists())  # also links to nothing
+    return sorted(p for p in files if p.suffix.lower() not in NOT_CLIPS)
 
 
 def refuse(error):
@@ -557,9 +556,9 @@ def write_cache(clips, out, vae, t5, distributed=None):
         made = [row for row, file in enumerate(files) if file.exists()]
         print0(f"{out}: {len(made)} of {len(clips)} clips")
         if not made:
-            path.unlink()  # other settings may do
+            path.unlink()  # with other settings clips may be readable
         require(made, f"none of {len(clips)} clips is readable, see the warnings")
-        encoded = hashlib.sha256(repr([(r, stamps[r]) for r in made]).encode()).hexdigest()[:12]
+        encoded = hashlib.sha256(repr(made).encode()).hexdigest()[:12]
         index = {"settings": settings | {"encoded": encoded}, "encoders": [vae.source, t5.source]}
         index["clips"] = [(row, clips.captions[row]) for row in made]
         index["stamps"] = {os.path.abspath(clips.files[r]): stamps[r] for r in made if stamps[r]}
@@ -578,13 +577,11 @@ def file_stamp(path):
 
 def is_encoded(file, stamp):
     """Whether a file of a cache was made from a clip's file as it is now."""
-    if not file.exists():
-        return False
     try:
         with safe_open(file, "pt") as tensors:
             # If the clip's file is gone, the cached one is valid.
             return stamp is None or (tensors.metadata() or {}).get("stamp") == stamp
-    except SafetensorError:  # damaged, as by a full disk
+    except (FileNotFoundError, SafetensorError):  # or damaged, as by a full disk
         return False
 
 
@@ -598,10 +595,9 @@ class LatentCache:
         self.settings, self.encoders = index["settings"], index["encoders"]
         self.files = [Path(folder) / f"{row:06d}.safetensors" for row, _ in index["clips"]]
         self.captions = [caption for _, caption in index["clips"]]
-        stamps = index["stamps"].items()
-        changed = [path for path, stamp in stamps if file_stamp(path) not in (stamp, None)]
-        found = f"{len(changed)} clips have changed since {folder} was made, such as {changed[:1]}"
-        require(not changed, f"{found}: run data.py again")
+        for path, stamp in index["stamps"].items():
+            same = file_stamp(path) in (stamp, None)
+            require(same, f"{path} has changed since {folder} was made: run data.py again")
 
     def __len__(self):
         return len(self.files)
@@ -779,7 +775,7 @@ class CacheConfig:
     frames: int = 8  # frames of a clip; 1 for images
     stride: int = 1  # source frames per frame; v1: 3, and 2 for 64 frames
     size: int = 64  # height in pixels
-    width: int = 0  # width in pixels; 0: the height
+    width: int | None = None  # width in pixels; None: the height
     caption_length: int = 16  # maximum number of tokens; 120 for T5-XXL
     seed: int = 0  # random seed of temporal crops and posterior samples
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
@@ -787,7 +783,7 @@ class CacheConfig:
 
 def main():
     c = tyro.cli(CacheConfig, description=__doc__.split("\n\nClips and Toy")[0])
-    require_range(c, 1, 100_000, "frames", "stride", "size", "caption_length")
+    require_range(c, 1, 100_000, "frames", "stride", "size", "width", "caption_length")
     require_folder(c.out)
     d, width = init_distributed(c.device), c.width or c.size
     clips = Clips(c.source, c.frames, c.stride, c.size, width, c.seed)
@@ -831,8 +827,8 @@ def require_range(config, low, high, *names):
 
 def require_folder(path):
     """UserError if a file is in the place of a folder to write, or of one above it."""
-    file = next((p for p in (Path(path), *Path(path).parents) if p.is_file()), None)
-    require(file is None, f"--out {path}: {file} is a file, expected a folder")
+    for p in (Path(path), *Path(path).parents):
+        require(not p.is_file(), f"--out {path}: {p} is a file, expected a folder")
 
 
 def run_command(main):
@@ -880,7 +876,7 @@ def progress(items, label):
 
 def print0(text):
     """Print on rank 0, above a progress bar."""
-    # A run must be saved after Ctrl-C, which also ends `tee`, or interrupts another print.
+    # Ctrl-C also ends `tee`, and may interrupt another print; the run must still be saved.
     with suppress(BrokenPipeError, RuntimeError):
         if RANK == 0:
             tqdm.write(text)

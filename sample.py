@@ -29,6 +29,7 @@ import tyro
 from av.video.reformatter import Colorspace
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.functional import pad
 
@@ -139,7 +140,7 @@ def log_variance(schedule, var, t):
 def diffusion_loss(schedule, out, x0, x_t, t, noise):
     """Return a dict of two tensors [B]: "mse", the error of the predicted noise, and "vlb", the
     term of the VLB at t, in bits per dimension. Training minimizes their sum. (IDDPM weights the
-    sum over t by 0.001; with 1000 timesteps that is 1 for a random t.) out [B, 2C, T, H, W]: the
+    sum over 1000 t by 0.001; on the term of one random t that is 1.) out [B, 2C, T, H, W]: the
     network's output for x_t = q_sample(schedule, x0, t, noise).
     """
     eps, var = out.chunk(2, dim=1)  # 2 x [B, C, T, H, W]
@@ -376,7 +377,7 @@ def write_sheet(path, videos, captions):
 # checkpoint of train.py is one, with the EMA weights; tools/convert_weights.py makes others.
 
 
-STEP = "step_" + 8 * "[0-9]"  # pattern of the names of checkpoints
+STEP = "step_" + 8 * "[0-9]"  # pattern of the names of a run's checkpoints
 
 
 def newest_checkpoint(run):
@@ -386,9 +387,7 @@ def newest_checkpoint(run):
 
 def find_weights(source):
     """Return the local folder with the weights of a run of train.py, a folder, or a Hub name."""
-    help = (
-        "convert released weights by tools/convert_weights.py; runs save every --save-every steps"
-    )
+    help = "tools/convert_weights.py converts released weights; runs save every --save-every steps"
     folder = data.local_folder(source)
     if folder is None:
         files = ["config.json", "model.safetensors", "sample.json"]
@@ -399,7 +398,7 @@ def find_weights(source):
             raise UserError(f"{source} is not a local folder, and {reason}; {help}") from None
     folder = newest_checkpoint(folder) or folder
     found = (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
-    require(found, f"{source} has no config.json and model.safetensors; {help}")
+    require(found, f"{source} lacks config.json or model.safetensors; {help}")
     return folder
 
 
@@ -420,7 +419,7 @@ def load_model(source, **changes):
         model = STDiT(replace(read_config(folder), **changes))
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder} does not fit the network {model.config}: {reason}") from None
     return model.float().eval()
@@ -495,17 +494,16 @@ def main():
     c = tyro.cli(SampleConfig, description=__doc__.split("\n\nShapes")[0])
     require(c.prompt, 'nothing to generate: give --prompt "a red circle moving left"')
     SAMPLERS[c.sampler][0](c.steps)  # a wrong number of steps fails before anything is loaded
-    c = resolve(c)
     data.require_range(c, 1, 100_000, "frames", "size", "width", "batch_size", "output_fps")
     data.require_range(c, 1e-6, 1e6, "space_scale", "time_scale")
     data.require_range(c, -1e6, 1e6, "guidance")
     data.require_folder(c.out)
+    c = resolve(c)
     device, _, world_size = data.init_distributed(c.device)
     require(world_size == 1, "sample.py runs on one device: start it without torchrun")
     model = load_model(c.weights, space_scale=c.space_scale, time_scale=c.time_scale)
     vae = data.VAE(c.vae, device)
-    found, expected = vae.channels, model.config.in_channels
-    require(found == expected, f"{c.vae}: its VAE has {found} channels, expected {expected}")
+    require(vae.channels == model.config.in_channels, f"{c.vae} has {vae.channels} channels")
     vae.check_size(c.frames, c.size, c.width, model.config.patch_size)
     prompts = [data.clean_caption(prompt) for prompt in c.prompt]
     y, mask = data.T5(c.t5, model.config.caption_length, device).encode(prompts)

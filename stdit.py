@@ -227,7 +227,7 @@ class ParallelBlock(STDiTBlock):
 def add_position(x, pos):
     """Add the temporal position to the tokens themselves, as full and latte do. A single frame
     gets none, so that it is treated as by the image model: the embedding of index 0 is not zero,
-    its cosines are 1. (The other designs need no exception, as temporal attention's proj is zero.)
+    its cosines are 1. (The others need no exception: temporal attention's proj starts at zero.)
     """
     return x if pos is None or x.shape[1] == 1 else x + pos
 

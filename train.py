@@ -60,7 +60,9 @@ class TrainConfig:
     init: str | None = "weights/PixArt-XL-2-512x512"  # weights or a run; None: random
     space_scale: float | None = None  # position = index / scale; None: sqrt(size * width) / 512
     time_scale: float | None = None  # temporal position = index / scale; None: the model's
-    trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: those named *_temp
+    trainable: Literal["all", "temporal"] = (
+        "all"  # weights to train; temporal: those with _temp in their names
+    )
     # data
     data: str | None = None  # toy, or a cache of data.py; 1 clip in 20, at most 64, is held out
     toy_clips: int = 2048  # training clips of the toy
@@ -341,8 +343,8 @@ def update_ema(config, step, ema, model):
     """
     n = step + 1
     decay = min(config.ema_decay, (1 + n) / (10 + n))
-    averages, weights = list(ema.parameters()), list(model.parameters())
-    torch._foreach_lerp_(averages, weights, 1 - decay)  # all of them in a few kernels
+    # all of them in a few kernels
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -388,17 +390,17 @@ def train(config, distributed=data.Distributed()):
 
 
 def due(config, step, every):
-    """Whether after `step` steps something is due that happens every so many, and at the end."""
+    """Whether what happens every `every` steps, and at the end, is due after `step` steps."""
     return step >= config.steps or (step > 0 and every > 0 and step % every == 0)
 
 
-# FLOP/s in bf16, dense; the first name that is a part of the GPU's counts
+# FLOP/s in bf16, dense; the first key found in the GPU's name applies
 PEAK = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 990e12, "H200": 990e12, "B200": 2250e12}
 
 
 def log_step(run, losses, grad_norm, clips_per_second):
-    """Print the losses of this step, averaged over processes, and write them to metrics.jsonl. On
-    CUDA also tokens per second, memory, and the share of the GPUs' peak rate if that is known.
+    """Print the loss of this step, averaged over processes, and write the losses to metrics.jsonl.
+    On CUDA these have also tokens per second, memory, and MFU if the GPU's peak rate is known.
     """
     c, d = run.config, run.distributed
     loss, mse, vlb = (data.all_reduce_sum(losses) / d.world_size).tolist()
@@ -476,7 +478,7 @@ def write_samples(run):
     sheet and, next to each other, as a GIF (above 128 pixels an MP4).
     """
     c, d, validation = run.config, run.distributed, run.validation
-    rows = sample_rows(c, validation, run.step == c.steps)
+    rows = sample_rows(c, validation, run.step >= c.steps)
     captions = [validation.cache.captions[row] for row in rows]
     keys = sample.video_keys(c.seed, captions)
     share = slice(d.rank, None, d.world_size)  # of this process
@@ -533,10 +535,13 @@ def evaluate_toy(captions, videos):
 
 
 def read_metrics(out):
-    """Return the lines of a run's metrics.jsonl, if any, without a half-written last one."""
+    """Return the lines of a run's metrics.jsonl, if any, without a half-written last one. Of lines
+    that a resumed run wrote again the last one counts.
+    """
     path = Path(out) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = [json.loads(line) for line in lines if line.endswith("\n")]
+    return list({(m["step"], *m): m for m in lines}.values())
 
 
 def write_metrics(out, line):
@@ -554,10 +559,10 @@ def plot_losses(out):
     axes = figure.subplots()
     axes.set(xlabel="step", ylabel="mean squared error of the noise", yscale="log")
     train = {m["step"]: m["mse"] for m in lines if "mse" in m}
-    axes.plot(*zip(*train.items()), color="0.8", label="training, single steps")
+    axes.plot(*zip(*train.items()), color="0.8", marker=".", label="training, single steps")
     validation = {m["step"]: m["validation"] for m in lines if "validation" in m}
     labels = [f"validation, t {b}-{b + 249}" for b in range(0, 1000, 250)]
-    axes.plot(*zip(*validation.items()), label=labels)
+    axes.plot(*zip(*validation.items()), marker=".", label=labels)
     figure.legend(loc="outside right upper")
     data.atomic_write(Path(out) / "loss.png", lambda tmp: figure.savefig(tmp, format="png"))
 
@@ -572,7 +577,7 @@ def plot_losses(out):
 
 def save_checkpoint(run):
     """Write out/checkpoints/tmp and rename it step_N, so that a checkpoint is never half-written.
-    Delete all but the newest keep_checkpoints (0: none). Rank 0 writes, the others wait.
+    Delete all but the newest keep_checkpoints (0: keep all). Rank 0 writes, the others wait.
     """
     c = run.config
     if run.distributed.rank == 0:
@@ -589,7 +594,9 @@ def save_checkpoint(run):
         torch.save(training, tmp / "training.pt")
         data.write_json(tmp / "state.json", state)
         os.replace(tmp, folder)
-        for old in sorted(folder.parent.glob(sample.STEP))[: -c.keep_checkpoints]:  # 0: keeps all
+        for old in sorted(folder.parent.glob(sample.STEP))[
+            : -c.keep_checkpoints
+        ]:  # 0: [:0], deletes none
             shutil.rmtree(old, ignore_errors=True)  # fails on NFS while sample.py reads it
     data.barrier()
 
@@ -600,8 +607,7 @@ def load_checkpoint(folder, config, model, ema, optimizer, data_settings):
     """
     state = json.loads((folder / "state.json").read_text())
     new = vars(model.config) | data_settings | {"trainable": config.trainable}
-    old = vars(sample.read_config(folder)) | state["data"]
-    old["trainable"] = state["config"]["trainable"]
+    old = state["config"] | vars(sample.read_config(folder)) | state["data"]
     changed = [f"{name} {old.get(name)}" for name in new if old.get(name) != new[name]]
     other = f"{folder} was trained with other options ({', '.join(changed)})"
     require(not changed, f"{other}: resume with the same, or use --init")
@@ -633,11 +639,7 @@ def start_run(config, distributed):
     print0(f"{d.world_size} process(es) on {d.device}")
     if d.rank == 0:
         Path(c.out).mkdir(parents=True, exist_ok=True)
-        # What is logged again is left out: later steps, and what is due at the checkpoint's.
-        again = {"validation"} if due(c, step, c.eval_every) else set()
-        again |= {"samples"} if c.num_samples and due(c, step, c.sample_every) else set()
-        lines = [m for m in read_metrics(c.out) if m["step"] <= step]
-        lines = [m for m in lines if m["step"] < step or not again & m.keys()]
+        lines = [m for m in read_metrics(c.out) if m["step"] <= step]  # the rest comes again
         text = "".join(json.dumps(m) + "\n" for m in lines)
         data.atomic_write(Path(c.out) / "metrics.jsonl", lambda tmp: tmp.write_text(text))
 
@@ -676,11 +678,15 @@ def check_ranges(config):
     """Raise UserError for an option out of its range."""
     sizes = ("frames", "size", "width", "stride", "toy_clips", "batch_size", "micro_batch", "sp")
     data.require_range(config, 1, 10**9, *sizes, "output_fps")
-    every = ("log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints")
-    data.require_range(config, 0, 10**9, *every, "steps", "warmup", "num_samples", "guidance_min_t")
-    data.require_range(config, 0, 1e6, "lr", "weight_decay", "t_std")
-    data.require_range(config, 1e-6, 1e6, "grad_clip", "min_snr", "space_scale", "time_scale")
-    data.require_range(config, 0, 1, "drop_caption", "ema_decay", "beta2")
+    counts = ("log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints")
+    counts += ("steps", "warmup", "num_samples", "guidance_min_t")
+    data.require_range(config, 0, 99_999_999, *counts)  # step_N has 8 digits
+    data.require_range(config, 2, 1000, "sample_steps")
+    data.require_range(config, 0, 1e6, "lr", "weight_decay")
+    positive = ("grad_clip", "min_snr", "t_std", "space_scale", "time_scale")
+    data.require_range(config, 1e-6, 1e6, *positive)
+    data.require_range(config, 0, 1, "drop_caption", "ema_decay")
+    data.require_range(config, 0, 0.999999, "beta2")
     data.require_range(config, -1e6, 1e6, "t_mean", "guidance")
 
 
@@ -691,7 +697,6 @@ def check_options(config, distributed):
     unit = n // c.sp * (c.micro_batch or 1)
     expected = f"expected a multiple of {unit} (processes / sp x micro_batch)"
     require(c.batch_size % unit == 0, f"batch_size={c.batch_size}: {expected}")
-    sample.make_schedule(c.sample_steps)  # UserError
     pt, ph, pw = MODELS[c.model].patch_size
     T, S = c.frames // pt, (c.size // 8 // ph) * (c.width // 8 // pw)
     found = f"sp={c.sp} with {T} frames and {S} patches a frame"
@@ -737,7 +742,7 @@ def open_data(config, distributed):
         caches = [open_cache(path, c) for path in toy_caches(c, distributed)]
         return [Stream(cache, range(len(cache)), c.seed) for cache in caches]
     cache = open_cache(c.data, c)
-    order = permutation(0, len(cache), epoch=-1)  # no epoch has it; the same for every seed
+    order = permutation(0, len(cache), epoch=-1)  # an order of no epoch, the same for every seed
     held_out = min(len(cache) // 20, 64)
     validation_rows = order[:held_out] or order  # with fewer than 20 clips: the training clips
     return [Stream(cache, rows, c.seed) for rows in (order[held_out:], validation_rows)]

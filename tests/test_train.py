@@ -445,6 +445,7 @@ def test_bad_input_to_sample_gets_one_clear_line(finished, tmp_path, monkeypatch
         "--prompt a --size 40": "frames=8 size=40 width=40: expected multiples of 1, 16, 16",
         "--prompt a --frames 0": "frames=0: expected 1 to ",
         "--prompt a --output-fps 0": "output_fps=0: expected 1 to ",
+        "--prompt a --width -64": "width=-64: expected 1 to ",
         "--prompt a --space-scale 0": "space_scale=0.0: expected 1e-06 to ",
         "--prompt a --guidance nan": "guidance=nan: expected ",
         "--prompt a --vae assets/t5": "assets/t5 has no vae that can be loaded",
@@ -544,7 +545,7 @@ BAD = {  # options that do not fit each other
     "lr=nan: expected 0 to ": {"lr": math.nan},
     "drop_caption=5: expected 0 to 1": {"drop_caption": 5},
     "width=0: expected 1 to ": {"width": 0},
-    "steps=1: expected 2 to 1000": {"sample_steps": 1},
+    "sample_steps=1: expected 2 to 1000": {"sample_steps": 1},
     "--trainable temporal needs --init": {"trainable": "temporal"},
 }
 
