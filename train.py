@@ -350,13 +350,15 @@ def update_ema(config, step, ema, model):
 # ---------------------------------------------------------------------------------------------
 # The loop
 
-stop_requested = False
+started = stop_requested = False
 
 
 def train(config, distributed=data.Distributed()):
     """Train from the first step, or from the newest checkpoint, to the last."""
+    global started
     begin = time.time()
     run = start_run(config, distributed)
+    started = True
     c = run.config
     start = logged = run.step
     seconds = 0.0  # of the steps since `logged`
@@ -809,8 +811,12 @@ def parse_command_line(argv=None):
 
 
 def request_stop(number, frame):
-    """Handle SIGTERM and Ctrl-C: finish the step, save and stop. The next Ctrl-C stops at once."""
+    """Handle SIGTERM and Ctrl-C: finish the step, save and stop. The next Ctrl-C stops at once, as
+    does the first one before the first step; of the toy's clips those that are encoded are kept.
+    """
     global stop_requested
+    if not started:
+        raise KeyboardInterrupt
     stop_requested = True
     print0("stopping after the current step; Ctrl-C again stops at once, without saving")
     signal.signal(signal.SIGINT, signal.default_int_handler)

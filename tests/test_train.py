@@ -247,6 +247,17 @@ def test_sigterm_saves_and_exits_with_0(config, processes):
     assert [m["step"] for m in train.read_metrics(config.out)] == list(range(1, step + 1))
 
 
+def test_ctrl_c_while_the_toy_is_encoded_stops_at_once(tmp_path):
+    config = train.derive(replace(TOY, out=str(tmp_path / "run")))
+    process, cache = launch(config), tmp_path / "toy-train-2048x8x64"
+    while process.poll() is None and not list(cache.glob("*.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert 0 < len(list(cache.glob("*.safetensors"))) < 2048
+
+
 SLOW = pytest.mark.slow
 OTHER = [(2, {}), (4, {}), (4, {"micro_batch": 1}), (4, {"sp": 2, "micro_batch": 2})]
 OTHER += [(4, {"sp": 4, "micro_batch": 2})]
