@@ -491,7 +491,8 @@ class T5:
     def encode(self, captions):
         """Embeddings [B, L, E], 0 at padding, and mask [B, L], True at tokens; L is the maximum."""
         options = {"max_length": self.length, "padding": "max_length", "truncation": True}
-        for caption, ids in zip(captions, self.tokenizer(list(captions))["input_ids"]):
+        uncut = self.tokenizer(list(captions))["input_ids"]
+        for caption, ids in zip(captions, uncut):
             if len(ids) > self.length:
                 cut = f"cut from {len(ids)} to {self.length} tokens"
                 print(f"warning: {cut}: {caption[:60]}...", file=sys.stderr, flush=True)
@@ -587,7 +588,7 @@ def is_encoded(file, stamp):
 
 class LatentCache:
     """The clips of a cache: cache[i] is (latents [C, T, H/8, W/8], y [L, E], mask [L]), in fp32.
-    UserError if the file of a clip was replaced after it was encoded.
+    UserError if the file of a clip was replaced after it was encoded, or one of the cache damaged.
     """
 
     def __init__(self, folder):

@@ -177,7 +177,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 # for x / alpha as a function of sigma / alpha. DPM-Solver++ integrates it to second order,
 # extrapolating x_0 from its last two predictions.
 #
-# A step takes those of these arguments that it uses, and returns x, one step closer to x_0:
+# A step takes what it uses of these arguments, and returns x, one step closer to x_0:
 #     i        index into the schedule
 #     x        x_t [B, C, T, H, W]
 #     x0       the predicted x_0, not clipped, since latents have no bounds
@@ -434,7 +434,7 @@ class SampleConfig:
     weights: str  # run of train.py, folder of tools/convert_weights.py, or Hub name
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text of a video; may be repeated
     out: str = "samples"  # folder to write
-    # None: as in training
+    # None means as in training, unless a comment says otherwise
     frames: int | None = None  # frames of a video, 1 for an image
     size: int | None = None  # height in pixels
     width: int | None = None  # in pixels; None: as in training, or the height if --size is set
@@ -503,7 +503,8 @@ def main():
     require(world_size == 1, "sample.py runs on one device: start it without torchrun")
     model = load_model(c.weights, space_scale=c.space_scale, time_scale=c.time_scale)
     vae = data.VAE(c.vae, device)
-    require(vae.channels == model.config.in_channels, f"{c.vae} has {vae.channels} channels")
+    found, expected = vae.channels, model.config.in_channels
+    require(found == expected, f"{c.vae} has {found} latent channels, expected {expected}")
     vae.check_size(c.frames, c.size, c.width, model.config.patch_size)
     prompts = [data.clean_caption(prompt) for prompt in c.prompt]
     y, mask = data.T5(c.t5, model.config.caption_length, device).encode(prompts)

@@ -60,9 +60,7 @@ class TrainConfig:
     init: str | None = "weights/PixArt-XL-2-512x512"  # weights or a run; None: random
     space_scale: float | None = None  # position = index / scale; None: sqrt(size * width) / 512
     time_scale: float | None = None  # temporal position = index / scale; None: the model's
-    trainable: Literal["all", "temporal"] = (
-        "all"  # weights to train; temporal: those with _temp in their names
-    )
+    trainable: Literal["all", "temporal"] = "all"  # weights to train; temporal: names with _temp
     # data
     data: str | None = None  # toy, or a cache of data.py; 1 clip in 20, at most 64, is held out
     toy_clips: int = 2048  # training clips of the toy
@@ -363,19 +361,22 @@ def train(config, distributed=data.Distributed()):
     start = logged = run.step
     seconds = 0.0  # of the steps since `logged`
 
+    def due(every):
+        return run.step >= c.steps or (run.step > 0 and every > 0 and run.step % every == 0)
+
     while True:
         # Saving comes first, because a process that has to stop may have little time.
         flag = torch.tensor(int(stop_requested), device=distributed.device)
         stop = data.all_reduce_sum(flag).item() > 0  # on any process
-        if run.step > start and (stop or due(c, run.step, c.save_every)):
+        if run.step > start and (stop or due(c.save_every)):
             save_checkpoint(run)
         if stop:
             saved = f"continue with --resume --out {c.out}" if run.step else "no checkpoint"
             print0(f"stopped after step {run.step}; {saved}")
             return
-        if due(c, run.step, c.eval_every):
+        if due(c.eval_every):
             evaluate(run)
-        if c.num_samples and due(c, run.step, c.sample_every):
+        if c.num_samples and due(c.sample_every):
             write_samples(run)
         if run.step >= c.steps:
             break
@@ -384,16 +385,11 @@ def train(config, distributed=data.Distributed()):
         losses, grad_norm = train_step(run)
         seconds += time.time() - clock
         run.step += 1
-        if due(c, run.step, c.log_every):
+        if due(c.log_every):
             log_step(run, losses, grad_norm, (run.step - logged) * c.batch_size / seconds)
             logged, seconds = run.step, 0.0
     data.barrier()
     print0(f"{c.out}: checkpoints, metrics.jsonl, loss.png, samples; {time.time() - begin:.0f} s")
-
-
-def due(config, step, every):
-    """Whether what happens every `every` steps, and at the end, is due after `step` steps."""
-    return step >= config.steps or (step > 0 and every > 0 and step % every == 0)
 
 
 # FLOP/s in bf16, dense; the first key found in the GPU's name applies
@@ -596,9 +592,8 @@ def save_checkpoint(run):
         torch.save(training, tmp / "training.pt")
         data.write_json(tmp / "state.json", state)
         os.replace(tmp, folder)
-        for old in sorted(folder.parent.glob(sample.STEP))[
-            : -c.keep_checkpoints
-        ]:  # 0: [:0], deletes none
+        checkpoints = sorted(folder.parent.glob(sample.STEP))
+        for old in checkpoints[: -c.keep_checkpoints]:  # 0: [:0], none
             shutil.rmtree(old, ignore_errors=True)  # fails on NFS while sample.py reads it
     data.barrier()
 

@@ -20,7 +20,7 @@ progressive: 8x32x32, then 8x64x64, then 16x64x64, with positions rescaled from 
 16x64x64 from the start, for the number of steps at which both cost the same FLOPs. Each run has its
 own warm-up and linear decay, from the peak to 0; stages that start from weights begin at 1e-3.
 
-After so few steps hardly a video matches its caption, so the last two compare the validation loss
+After so few steps few videos match their captions, so the last two compare the validation loss
 alone.
 """
 

@@ -227,6 +227,28 @@ def test_a_damaged_cache_is_refused_and_one_without_clips_leaves_no_settings(
     assert len(data.write_cache(data.Toy("train", 3, 1), tmp_path / "none", *encoders)) == 3
 
 
+def test_a_vae_that_shifts_its_latents_is_refused(tmp_path):
+    folder = shutil.copytree(ROOT / "assets/vae", tmp_path / "vae")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"shift_factor": null', '"shift_factor": 0.1'))
+    with pytest.raises(data.UserError, match="vae: its VAE has shift_factor=0.1, expected none"):
+        data.VAE(folder)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_gpu_that_is_not_there_is_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(data.UserError, match=f"--device {device}: found"):
+        data.init_distributed(device)
+
+
+def test_a_video_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(data.UserError, match="a.mp4 is not a CSV; give a folder"):
+        data.list_clips(tmp_path / "a.mp4")
+
+
 def test_a_caption_that_is_cut_is_reported(encoders, capsys):
     encoders[1].encode(["a red circle", "a blue square " * 9])
     warning = "warning: cut from 28 to 16 tokens: a blue square a blue"
